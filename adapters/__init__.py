@@ -1,0 +1,1 @@
+"""What the library is: frozen backbones, stored features, heads, objectives and posteriors."""

@@ -1,0 +1,1 @@
+"""Heads: one method, one file, the same small surface."""

@@ -1,0 +1,1 @@
+"""Training objectives: one objective, one file, pure torch."""

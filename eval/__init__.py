@@ -1,0 +1,1 @@
+"""Evaluation: OOD, calibration, selective prediction, ambiguity; metrics with intervals, and plots."""
