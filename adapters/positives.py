@@ -104,13 +104,15 @@ class SoftLabelPairs:
         mass = np.asarray(labels, dtype=np.float64)[rows]
         if (mass > 0).any(axis=0).sum() < 2:
             raise DataError("positives by soft labels need at least 2 classes with some probability")
-        self.cumulative = torch.from_numpy(np.cumsum(mass, axis=0).T.copy())  # [C, n]
+        # one sorted line for all classes: class c's cumulative shares lie in (c, c + 1], so one search serves the batch
+        share = np.cumsum(mass, axis=0) / np.maximum(mass.sum(axis=0), 1e-300)
+        self.line = torch.from_numpy((share + np.arange(share.shape[1])).T.reshape(-1).copy())
 
     def _partners(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         classes = torch.multinomial(self.labels[rows], 1, generator=generator)[:, 0]
-        cumulative = self.cumulative[classes]
-        u = torch.rand(len(rows), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
-        return self.rows[torch.searchsorted(cumulative, u, right=True)[:, 0].clamp(max=len(self.rows) - 1)]
+        u = torch.rand(len(rows), generator=generator, dtype=torch.float64)
+        at = torch.searchsorted(self.line, classes + u, right=True) - classes * len(self.rows)
+        return self.rows[at.clamp(0, len(self.rows) - 1)]
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> PairBatch:
         partner = self._partners(rows, generator)

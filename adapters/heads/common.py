@@ -1,0 +1,98 @@
+"""Pieces that several heads share: a small network on standardised features, and the source of positive pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError, OptionError
+from ..positives import FeatureTable, LabelPairs, PairSource, SoftLabelPairs, ViewPairs
+from .base import FitData, Head
+
+
+class ScalarNet(nn.Module):
+    """Standardised features [B, D] -> one number [B], by a small network whose size keeps an adapter under 1 MB."""
+
+    def __init__(self, dim: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+        widths = [dim] + [width] * depth
+        layers: list[nn.Module] = []
+        for a, b in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(a, b), nn.LeakyReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+
+    center: Tensor
+    scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers((x - self.center) * self.scale).squeeze(-1)
+
+    def standardise(self, mean: Tensor, std: Tensor) -> None:
+        """Take the fitting rows' mean and standard deviation; dimensions that never move are switched off."""
+        self.center.copy_(mean)
+        self.scale.copy_(torch.where(std > 1e-6 * std.max().clamp(min=1e-12), 1.0 / std.clamp(min=1e-12), 0.0))
+
+
+def moments(array: np.ndarray, rows: np.ndarray, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per dimension of the rows of [N, D] or [N, V, D], in float64 sums, chunked."""
+    total = squares = None
+    count = 0
+    for i in range(0, len(rows), chunk):
+        x = np.asarray(array[rows[i : i + chunk]], dtype=np.float64).reshape(-1, array.shape[-1])
+        total = x.sum(0) if total is None else total + x.sum(0)
+        squares = (x * x).sum(0) if squares is None else squares + (x * x).sum(0)
+        count += len(x)
+    mean = total / count
+    variance = np.maximum(squares / count - mean * mean, 0.0)
+    return torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(variance)).float()
+
+
+def pair_sources(data: FitData) -> tuple[FeatureTable, PairSource, PairSource]:
+    """The table and the sources of pairs among the fitting and among the held-out rows."""
+    if data.positives == "views":
+        if data.views is None:
+            raise DataError("positives='views' need stored views: give images, or extract(data, views=8) and labels")
+        table = FeatureTable(data.views.embedding)
+        return table, ViewPairs(table, data.train), ViewPairs(table, data.held_out)
+    table = FeatureTable(data.features.embedding)
+    if data.positives == "ids":
+        assert data.ids is not None
+        return table, LabelPairs(table, data.ids, data.train), LabelPairs(table, data.ids, data.held_out)
+    label = data.features.label
+    if label is None:
+        raise DataError(f"positives={data.positives!r} need labels, and the data has none: give labels, or 'views'")
+    if data.positives == "soft-labels":
+        if label.ndim != 2:
+            raise DataError(f"positives='soft-labels' need labels of shape [N, C]; these are {label.shape}")
+        return table, SoftLabelPairs(table, label, data.train), SoftLabelPairs(table, label, data.held_out)
+    hard = label if label.ndim == 1 else label.argmax(1)
+    return table, LabelPairs(table, hard, data.train), LabelPairs(table, hard, data.held_out)
+
+
+def fit_key(head: Head, data: FitData) -> str:
+    """What a checkpoint belongs to: the head's options, the rows, and a sample of the features and labels themselves."""
+    digest = hashlib.sha256(json.dumps([head.name, head.config(), data.positives], sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(data.train).tobytes())
+    f = data.features if data.views is None else data.views
+    sample = data.train[:: max(1, len(data.train) // 1024)]
+    digest.update(np.ascontiguousarray(f.embedding[sample]).tobytes())
+    if data.features.label is not None:
+        digest.update(np.ascontiguousarray(data.features.label[data.train]).tobytes())
+    return digest.hexdigest()
+
+
+def check_choice(head: str, option: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"head {head!r}: {option}={value!r} was given; expected one of {', '.join(allowed)}")
+
+
+def check_positive(head: str, **values: float | int | None) -> None:
+    for option, value in values.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise OptionError(f"head {head!r}: {option}={value} was given; expected a positive number")
