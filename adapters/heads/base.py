@@ -43,6 +43,7 @@ class FitData:
         classifier_reason: why `classifier` is None, for error messages.
         blurred: gives (severity [S], embedding [S, n, D]) for positions n, or None when no images are at hand.
         options: epochs, learning rate, batch size, seed, progress, output folder.
+        device: where the head is trained.
     """
 
     features: Features
@@ -55,6 +56,7 @@ class FitData:
     classifier_reason: str = ""
     blurred: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
     options: TrainOptions = field(default_factory=TrainOptions)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def dims(self) -> FeatureDims:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, OptionError
 from ..positives import FeatureTable, LabelPairs, PairSource, SoftLabelPairs, ViewPairs
+from ..training import step_generator
 from .base import FitData, Head
 
 
@@ -58,9 +59,9 @@ def pair_sources(data: FitData) -> tuple[FeatureTable, PairSource, PairSource]:
     if data.positives == "views":
         if data.views is None:
             raise DataError("positives='views' need stored views: give images, or extract(data, views=8) and labels")
-        table = FeatureTable(data.views.embedding)
+        table = FeatureTable(data.views.embedding, data.device)
         return table, ViewPairs(table, data.train), ViewPairs(table, data.held_out)
-    table = FeatureTable(data.features.embedding)
+    table = FeatureTable(data.features.embedding, data.device)
     if data.positives == "ids":
         assert data.ids is not None
         return table, LabelPairs(table, data.ids, data.train), LabelPairs(table, data.ids, data.held_out)
@@ -73,6 +74,16 @@ def pair_sources(data: FitData) -> tuple[FeatureTable, PairSource, PairSource]:
         return table, SoftLabelPairs(table, label, data.train), SoftLabelPairs(table, label, data.held_out)
     hard = label if label.ndim == 1 else label.argmax(1)
     return table, LabelPairs(table, hard, data.train), LabelPairs(table, hard, data.held_out)
+
+
+def held_out_loss(step: nn.Module, rows: np.ndarray, batch_size: int, seed: int) -> float:
+    """Mean of a pair loss over the held-out rows, with the same pairs and draws at every call so that epochs compare."""
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    batches = [b for b in batches if len(b) >= 2]
+    if not batches:
+        raise DataError(f"{len(rows)} held-out row(s) make no pair: hold out more rows, with a larger validation share")
+    losses = [float(step(torch.from_numpy(b), step_generator(seed, 0, i))) * len(b) for i, b in enumerate(batches)]
+    return sum(losses) / sum(len(b) for b in batches)
 
 
 def fit_key(head: Head, data: FitData) -> str:
