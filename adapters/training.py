@@ -72,7 +72,7 @@ def epochs_for(rows: int, batch_size: int, steps: int, lowest: int = 5, highest:
 
 
 def step_generator(seed: int, *position: int) -> torch.Generator:
-    """A CPU generator that depends on (seed, position) alone, so that a resumed run draws what an unbroken one draws."""
+    """A CPU generator that depends on (seed, position) alone: a resumed run draws what an unbroken one draws."""
     mixed = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
 
@@ -194,9 +194,7 @@ def _one_epoch(
 class _Run:
     """Where a run keeps its metrics and its checkpoint; with no folder it keeps nothing."""
 
-    def __init__(
-        self, step: nn.Module, optimizer: Any, schedule: Any, folder: Path | None, signature: str
-    ) -> None:
+    def __init__(self, step: nn.Module, optimizer: Any, schedule: Any, folder: Path | None, signature: str) -> None:
         self.step, self.optimizer, self.schedule = step, optimizer, schedule
         self.folder, self.signature = folder, signature
         self.best: dict[str, Any] = copy.deepcopy(step.state_dict())

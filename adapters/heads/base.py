@@ -22,7 +22,7 @@ from ..training import TrainOptions
 
 @dataclass(frozen=True)
 class FeatureDims:
-    """Widths a head is built for: embedding D, last linear layer's input P (None: no single one), classes C (0: none)."""
+    """Widths a head is built for: embedding D, last linear layer's input P (None: no single one), classes C or 0."""
 
     embedding: int
     penultimate: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 
 import numpy as np
@@ -24,7 +25,7 @@ class ScalarNet(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
         widths = [dim] + [width] * depth
         layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), nn.LeakyReLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
@@ -77,7 +78,7 @@ def pair_sources(data: FitData) -> tuple[FeatureTable, PairSource, PairSource]:
 
 
 def held_out_loss(step: nn.Module, rows: np.ndarray, batch_size: int, seed: int) -> float:
-    """Mean of a pair loss over the held-out rows, with the same pairs and draws at every call so that epochs compare."""
+    """Mean of a pair loss over the held-out rows, with the same pairs and draws at every call: epochs compare."""
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     batches = [b for b in batches if len(b) >= 2]
     if not batches:
@@ -87,7 +88,7 @@ def held_out_loss(step: nn.Module, rows: np.ndarray, batch_size: int, seed: int)
 
 
 def fit_key(head: Head, data: FitData) -> str:
-    """What a checkpoint belongs to: the head's options, the rows, and a sample of the features and labels themselves."""
+    """What a checkpoint belongs to: the head's options, the rows, the labels and a sample of the features."""
     digest = hashlib.sha256(json.dumps([head.name, head.config(), data.positives], sort_keys=True).encode())
     digest.update(np.ascontiguousarray(data.train).tobytes())
     f = data.features if data.views is None else data.views

@@ -84,8 +84,8 @@ class TemperatureHead(Head):
         if chosen is None and blurred is None:
             candidates = [DEFAULT_BASE[data.positives]]
             warnings.warn(
-                f"the base temperature could not be chosen by blur, since the data are features without images; "
-                f"t={candidates[0]} is used and the sign of the score is not verified: give images, or base_temperature",
+                "the base temperature could not be chosen by blur, since the data are features without images: "
+                f"t={candidates[0]} is used and the sign of the score is unverified; give images or base_temperature",
                 UserWarning,
                 stacklevel=2,
             )
