@@ -1,1 +1,5 @@
-"""Adapters on the Hugging Face hub."""
+"""Adapters on the hub."""
+
+from .pull import pull
+
+__all__ = ["pull"]
