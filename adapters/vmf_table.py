@@ -1,0 +1,200 @@
+"""Quantiles of the cosine mu.z under a von Mises-Fisher distribution: an exact solver, and the table samplers read.
+
+Everything is in the half chord h = |z - mu| / 2 = sqrt((1 - w) / 2) of the cosine w, so that neither w = 1 - 2 h^2 nor
+sqrt(1 - w^2) = 2 h sqrt(1 - h^2) cancels at large kappa, and in the normal score x of the probability, in which h grows
+and is smooth. With y = asinh(2 kappa / (d - 1)) and h scaled by exp(y / 2), about sqrt(1 + 4 kappa / (d - 1)), the function
+hardly moves along y and has a limit, so 171 nodes in y serve every kappa from 0 to infinity.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+REACH = 6.0  # the table's range of normal scores: 2e-9 of the mass lies outside
+SPACING, LAST = 0.1, 17.0  # nodes in y; beyond the last the scaled function is at its limit to 1e-7
+SMOOTH_DIM = 8  # from here on one polynomial in x does; below it the range of x is cut in cells
+WINDOW = 12.0  # standard deviations around the mode that hold all the mass
+CHUNK = 1 << 14  # kappas a table with cells looks up at once
+
+
+class Quantile(NamedTuple):
+    """Half chord, its derivative with respect to kappa, and the density of the angle there."""
+
+    half_chord: Tensor
+    slope: Tensor
+    density: Tensor
+
+
+@lru_cache(maxsize=1)
+def _legendre() -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights on (0, 1)."""
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    return 0.5 * (nodes + 1.0), 0.5 * weights
+
+
+def _mode(kappa: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Where the density of the angle arccos(mu.z) peaks, and the standard deviation its curvature there suggests."""
+    n = dim - 2.0
+    root = torch.sqrt(n * n + 4.0 * kappa * kappa) + n
+    root = root.clamp(min=1e-300)
+    sine = torch.sqrt(2.0 * n / root)
+    angle = torch.atan2(sine, 2.0 * kappa / root)
+    curvature = kappa * (2.0 * kappa / root) + (n / (sine * sine) if dim > 2 else 0.0)
+    return angle, curvature.clamp(min=1e-2).rsqrt()
+
+
+def _sides(angle: Tensor, kappa: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """Unnormalised mass and first cosine moment below and above `angle`, and the density at it."""
+    mode, spread = _mode(kappa, dim)
+    nodes, weights = (torch.as_tensor(a, device=angle.device) for a in _legendre())
+
+    def density(t: Tensor, k: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        cosine = -2.0 * torch.sin(0.5 * (t + m)) * torch.sin(0.5 * (t - m))  # cos t - cos m, without cancellation
+        log = k * cosine
+        if dim > 2:
+            log = log + (dim - 2.0) * torch.log(torch.sin(t) / torch.sin(m))
+        return torch.exp(log), cosine
+
+    def side(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        t = start.unsqueeze(-1) + (end - start).unsqueeze(-1) * nodes
+        p, cosine = density(t, kappa.unsqueeze(-1), mode.unsqueeze(-1))
+        p = p * weights * (end - start).unsqueeze(-1)
+        return p.sum(-1), (p * cosine).sum(-1)
+
+    low = (torch.minimum(angle, mode) - WINDOW * spread).clamp(min=0.0)
+    high = (torch.maximum(angle, mode) + WINDOW * spread).clamp(max=math.pi)
+    return *side(low, angle), *side(angle, high), density(angle, kappa, mode)[0]
+
+
+def solve_quantile(kappa: Tensor, score: Tensor, dim: int) -> Quantile:
+    """Half chord whose probability of being undercut is Phi(score), by Newton's method on the normal score.
+
+    kappa: float64 [...], finite, >= 0. score: float64 [...], within +-37. dim: of the space, >= 2.
+    """
+    kappa, score = torch.broadcast_tensors(kappa, score)
+    mode, spread = _mode(kappa, dim)
+    angle = torch.minimum(torch.maximum(mode + score * spread, 0.3 * spread), torch.full_like(mode, 0.9 * math.pi))
+    position = torch.log(angle / (math.pi - angle))  # on this scale the normal score is nearly straight at any dim
+    for _ in range(100):
+        angle = math.pi * torch.sigmoid(position)
+        below, _, above, _, p = _sides(angle, kappa, dim)
+        share, lower = torch.minimum(below, above) / (below + above), below < above
+        reached = torch.special.ndtri(share.clamp(min=1e-305))
+        normal = torch.exp(-0.5 * reached * reached) / math.sqrt(2.0 * math.pi)
+        slope = p / (below + above) / normal.clamp(min=1e-305) * angle * (1.0 - angle / math.pi)
+        step = (torch.where(lower, reached, -reached) - score) / slope.clamp(min=1e-30)
+        position = position - step.clamp(-2.0, 2.0)
+        if float((step * (1.0 - angle / math.pi)).abs().max()) < 1e-7:  # relative change of the angle
+            break
+    angle = math.pi * torch.sigmoid(position)
+    below, first_below, above, first_above, p = _sides(angle, kappa, dim)
+    total = below + above
+    # implicit derivative of the quantile: -(dF/dkappa) / f, with dF/dkappa = E[(w - A) 1(below)]
+    moved = -(first_below / total * (above / total) - first_above / total * (below / total)) / (p / total)
+    return Quantile(torch.sin(0.5 * angle), 0.5 * torch.cos(0.5 * angle) * moved, p / total)
+
+
+class CosineTable:
+    """Half chord and its kappa derivative as polynomials in the normal score, one dimension's worth.
+
+    Against the exact quantile the root mean square error of the scaled h is below 1e-6 under the normal distribution of
+    the score, about what float32 resolves.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.cells = 1 if dim >= SMOOTH_DIM else 16
+        self.width = 2.0 * REACH / self.cells
+        degree = _degree(dim)
+        local = torch.cos(torch.linspace(math.pi, 0.0, 2 * degree + 8 if self.cells == 1 else degree + 1).double())
+        centre = self.width * (torch.arange(self.cells).double() + 0.5) - REACH
+        score = centre[:, None] + 0.5 * self.width * local  # [cells, points]
+        y = torch.arange(0.0, LAST + 0.5 * SPACING, SPACING, dtype=torch.float64)
+        kappa = 0.5 * (dim - 1) * torch.sinh(y)[:, None, None]
+        exact = solve_quantile(kappa, score[None], dim)
+        scale = torch.exp(0.5 * y)[:, None, None]
+        scaled = exact.half_chord * scale
+        slope = exact.slope * scale * 0.5 * (dim - 1) * torch.cosh(y)[:, None, None] + 0.5 * scaled  # d scaled / dy
+        # the normal weight: what the samples will feel; widened so that the ends stay sane
+        weight = torch.exp(-0.25 * (score / 1.5) ** 2) if self.cells == 1 else torch.ones_like(score)
+        vander = torch.stack([local**p for p in range(degree + 1)], -1)
+        solve = torch.linalg.pinv(vander * weight[0][:, None]) * weight[0]  # [degree + 1, points]
+        self.value = scaled @ solve.T  # [nodes, cells, degree + 1]
+        self.slope = slope @ solve.T
+
+    def coefficients(self, kappa: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients [..., cells, degree + 1] of h and of dh/dkappa for kappa [...] in [0, inf], in float64."""
+        k = kappa.double()
+        n = self.dim - 1.0
+        y = torch.asinh(2.0 * k / n).clamp(max=LAST - 1e-9)
+        cell = torch.floor(y / SPACING).long()
+        t = (y / SPACING - cell)[..., None, None]
+        v0, v1, s0, s1 = (
+            self.value[cell],
+            self.value[cell + 1],
+            self.slope[cell] * SPACING,
+            self.slope[cell + 1] * SPACING,
+        )
+        # cubic Hermite between two nodes of y, and its derivative
+        a, b = 2.0 * (v0 - v1) + s0 + s1, 3.0 * (v1 - v0) - 2.0 * s0 - s1
+        value = ((a * t + b) * t + s0) * t + v0
+        dy = ((3.0 * a * t + 2.0 * b) * t + s0) / SPACING
+        y = torch.asinh(2.0 * k / n)[..., None, None]
+        scale = torch.exp(-0.5 * y)
+        return value * scale, (dy - 0.5 * value) * scale * (2.0 / n) / torch.cosh(y)
+
+    def half_chord(self, kappa: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+        """h and dh/dkappa [..., S] for kappa [...] and normal scores [..., S], in the dtype of the scores."""
+        flat, scores = kappa.reshape(-1), score.reshape(-1, score.shape[-1])
+        parts = [self._look_up(flat[i : i + CHUNK], scores[i : i + CHUNK]) for i in range(0, max(1, len(flat)), CHUNK)]
+        h, slope = (torch.cat(p).reshape(score.shape) for p in zip(*parts, strict=True))
+        return h, slope
+
+    def _look_up(self, kappa: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = (c.to(score.dtype) for c in self.coefficients(kappa))
+        x = score.clamp(-REACH, REACH)
+        if self.cells == 1:
+            local = x / REACH
+            h, dh = (_horner(c.unsqueeze(-2), local) for c in (value, slope))
+        else:
+            cell = ((x + REACH) / self.width).long().clamp(max=self.cells - 1)
+            local = 2.0 * ((x + REACH) / self.width - cell) - 1.0
+            h, dh = (_horner_in_cells(c, cell, local) for c in (value, slope))
+        inside = (h > 0.0) & (h < 1.0)
+        return h.clamp(0.0, 1.0), torch.where(inside, dh, 0.0)
+
+
+def _horner(coefficients: Tensor, x: Tensor) -> Tensor:
+    """Polynomials [K, 1, 1, degree + 1] at x [K, S]."""
+    c = coefficients.squeeze(1)
+    total = c[..., -1] * x
+    for p in range(c.shape[-1] - 2, 0, -1):
+        total = (total + c[..., p]) * x
+    return total + c[..., 0]
+
+
+def _horner_in_cells(coefficients: Tensor, cell: Tensor, x: Tensor) -> Tensor:
+    """Polynomials [K, cells, degree + 1] at x [K, S], each in its cell [K, S]."""
+    total = torch.zeros_like(x)
+    for p in range(coefficients.shape[-1] - 1, -1, -1):
+        total = total * x + coefficients[..., p].gather(-1, cell)
+    return total
+
+
+@lru_cache(maxsize=64)
+def cosine_table(dim: int, device: torch.device) -> CosineTable:
+    """The table of a dimension on a device, built at its first use (about 0.2 s, 1.5 s for d = 2)."""
+    table = CosineTable(dim)
+    table.value, table.slope = table.value.to(device), table.slope.to(device)
+    return table
+
+
+def _degree(dim: int) -> int:
+    """The degree at which the fit errs by about 1e-6: the larger the dimension, the nearer h is to linear."""
+    return 5 if dim < SMOOTH_DIM else 14 if dim < 10 else 12 if dim < 16 else 10 if dim < 32 else 8 if dim < 128 else 6
