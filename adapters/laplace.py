@@ -311,8 +311,8 @@ def _chunks(rows: np.ndarray | Tensor, width: int, device: torch.device) -> Iter
         part = slice(start, start + size)
         x = rows[part] if isinstance(rows, Tensor) else torch.from_numpy(np.asarray(rows[part], dtype=np.float64))
         x = x.detach().to(device=device, dtype=torch.float64)
-        bad = torch.nonzero(~torch.isfinite(x).all(1)).flatten()
-        if len(bad):
+        if not torch.isfinite(x.sum()):
+            bad = torch.nonzero(~torch.isfinite(x).all(1)).flatten()
             listed = ", ".join(str(start + int(i)) for i in bad[:5])
             raise DataError(
                 f"{len(bad)} rows of penultimate hold NaN or infinite values (among them rows {listed}): leave these "
