@@ -7,7 +7,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from .distributed import Launch, check_launch
 from .errors import DataError, PosthocError
-from .images import augmented_transform
+from .images import Transform, augmented_transform
 from .source_base import Source, canonical, check_labels, digest
-from .source_loader import Batch, Broken, Transform, forked_rng, read_batches, workers_for
+from .source_loader import Batch, Broken, forked_rng, read_batches, workers_for
 from .store import FORMAT, Store, default_cache_dir
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class _Chunk:
     def arrays(self, views: int, dtype: torch.dtype) -> dict[str, np.ndarray]:
         """What is written: the outputs [B,...] or [B,V,...], labels, rows, and the broken rows as JSON bytes."""
         meta = {"broken": self.broken, "shared": self.shared}
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "row": np.asarray(self.row, dtype=np.int64),
             "meta": np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8),
         }
@@ -343,7 +343,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr() and a.stride() == b.stride())
 
 
-def _probe(transform: Callable[[Image.Image], Tensor] | None) -> list[Any]:
+def _probe(transform: Transform | None) -> list[Any]:
     """What the transform makes of a fixed image: tells transforms apart whose text says too little, or an address.
 
     Rounded, since the last bit may differ between processors.

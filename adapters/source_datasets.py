@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ class HFSource(Source):
         return np.asarray(plain.select_columns([name])[:][name])
 
     def names(self) -> list[str] | None:
-        dataset = self.dataset.with_format(None)
+        dataset = _undecoded(self.plain.with_format(None))
         image = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
         storage = dataset.data.column(image).type if image else None
         if storage is None or "path" not in [field.name for field in getattr(storage, "fields", [])]:
@@ -256,16 +257,18 @@ class StreamSource(Source):
 
 
 def _stream_identity(dataset: Any) -> str | None:
+    """A hash of a stream's roots and steps; None when anything about them is not in plain sight."""
     from datasets.fingerprint import Hasher
 
-    # `datasets` has no public name for the steps of a stream; without this one the content is hashed instead.
-    steps = getattr(dataset, "_ex_iterable", None)
-    stamps = None if steps is None else _leaf_stamps(steps)
-    if stamps is None:
-        return None
+    # `datasets` has no public name for the steps of a stream; whatever is missing here, the content is hashed instead.
     try:
-        return digest("hf stream", Hasher.hash(steps), stamps)
-    except Exception:  # a step that cannot be pickled has no identity
+        if dataset._starting_state_dict is not None:  # goes on in the middle
+            return None
+        steps = copy.deepcopy(dataset._ex_iterable)
+        steps._init_state_dict()  # else a stream that has been read would hash as another one
+        stamps = _leaf_stamps(steps)
+        return None if stamps is None else digest("hf stream", Hasher.hash(steps), dataset.epoch, stamps)
+    except Exception:
         return None
 
 
@@ -276,10 +279,10 @@ def _leaf_stamps(steps: Any) -> list[Any] | None:
         parts = [_leaf_stamps(part) for part in inner]
         return None if any(part is None for part in parts) else [stamp for part in parts if part for stamp in part]
     kwargs = getattr(steps, "kwargs", {})
-    if is_list_of(kwargs.get("shards"), lambda shard: is_hf(shard)):
-        return [shard._fingerprint for shard in kwargs["shards"]]
-    files = kwargs.get("files")
-    if not is_list_of(files, lambda file: isinstance(file, str)):
+    shards, files = kwargs.get("shards"), kwargs.get("files")
+    if isinstance(shards, list) and shards and all(is_hf(shard) for shard in shards):
+        return [shard._fingerprint for shard in shards]
+    if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
         return None
     stamps: list[Any] = []
     for file in files:
@@ -290,8 +293,3 @@ def _leaf_stamps(steps: Any) -> list[Any] | None:
         else:
             return None
     return stamps
-
-
-def is_list_of(values: Any, accepts: Any) -> bool:
-    """Whether it is a list with at least one entry, all of them accepted."""
-    return isinstance(values, Iterable) and not isinstance(values, str) and bool(values) and all(map(accepts, values))

@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .errors import BackboneError, DataError, PosthocError
-from .images import to_pil
+from .images import Transform, is_ready, to_pil
 from .source_base import Item, Source
-
-Transform = Callable[[Image.Image], Tensor]
 
 
 class Broken(NamedTuple):
@@ -49,23 +47,18 @@ def load_image(image: Any) -> Image.Image | Tensor:
     """
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image["path"]
-    if isinstance(image, bytes):
-        return to_pil(Image.open(io.BytesIO(image)))
     if isinstance(image, str) and "://" in image:
         import fsspec
 
         with fsspec.open(image, "rb") as file:
-            return to_pil(Image.open(io.BytesIO(file.read())))
-    if isinstance(image, str | Path):
-        with Image.open(image) as opened:
+            image = file.read()
+    if isinstance(image, bytes | str | Path):
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            opened.load()  # decodes: a truncated file fails here, not later in the transform
             return to_pil(opened)
-    if isinstance(image, np.ndarray | Tensor) and image.ndim != 2 and not _is_uint8(image):
-        return torch.as_tensor(image)
-    return to_pil(image)
-
-
-def _is_uint8(image: np.ndarray | Tensor) -> bool:
-    return image.dtype in (np.uint8, torch.uint8)
+    if isinstance(image, Image.Image):
+        image.load()
+    return torch.as_tensor(image) if is_ready(image) else to_pil(image)
 
 
 def image_name(image: Any) -> str | None:
@@ -112,7 +105,7 @@ class _Reader(Dataset):
                 return Broken(row, self._name(row, item), f"{type(error).__name__}: {error}")
             return row, self._prepare(row, image), item.label, isinstance(image, Tensor)
         except PosthocError as error:  # returned, not raised: a worker's traceback would bury the message
-            return error
+            return type(error)(f"{self._name(row, item)}: {error}")
 
     def _name(self, row: int, item: Item | None) -> str:
         name = image_name(item.image) if item is not None else None
@@ -124,11 +117,11 @@ class _Reader(Dataset):
         if isinstance(image, Tensor):
             if self.views > 1:
                 raise DataError(
-                    f"views={self.views} needs images to augment, but row {row} is a float tensor that is already "
+                    f"views={self.views} needs images to augment, but this is a float tensor, already "
                     "preprocessed. Give PIL or uint8 images (leave the data set's own transform out), or views=1."
                 )
             if image.ndim != 3:
-                raise DataError(f"row {row} is a tensor {list(image.shape)}; expected one image [C,H,W]")
+                raise DataError(f"a float tensor {list(image.shape)} was given; expected one image [C,H,W]")
             return image.to(torch.float32)
         if self.transform is None:
             raise BackboneError(
@@ -146,11 +139,15 @@ class _Reader(Dataset):
 
 
 def _collate(results: list[Any]) -> Batch | PosthocError:
-    good, broken = [], []
+    good: list[tuple[int, Tensor, Any, bool]] = []
+    broken: list[Broken] = []
     for result in results:
         if isinstance(result, PosthocError):
             return result
-        (broken if isinstance(result, Broken) else good).append(result)
+        if isinstance(result, Broken):
+            broken.append(result)
+        else:
+            good.append(result)
     if not good:
         return Batch([], None, [], broken)
     rows, images, labels, ready = zip(*good, strict=True)
