@@ -30,7 +30,7 @@ def log_normalizer(kappa: Tensor, dim: int) -> Tensor:
     Args:
         kappa: concentration >= 0, any shape; infinity gives -infinity (and the gradient -1).
         dim: of the space, d >= 2.
-    Returns: the shape of kappa, with respect to surface measure; relative error below 1e-9. Its gradient is -A_d(kappa).
+    Returns: the shape of kappa, with respect to surface measure; relative error below 1e-9. The gradient is -A_d.
     Raises: OptionError if dim < 2.
     Source: Debye's uniform expansion of the Bessel function (DLMF 10.41), at a shifted order, and recurrence down.
     """

@@ -2,8 +2,8 @@
 
 Everything is in the half chord h = |z - mu| / 2 = sqrt((1 - w) / 2) of the cosine w, so that neither w = 1 - 2 h^2 nor
 sqrt(1 - w^2) = 2 h sqrt(1 - h^2) cancels at large kappa, and in the normal score x of the probability, in which h grows
-and is smooth. With y = asinh(2 kappa / (d - 1)) and h scaled by exp(y / 2), about sqrt(1 + 4 kappa / (d - 1)), the function
-hardly moves along y and has a limit, so 171 nodes in y serve every kappa from 0 to infinity.
+and is smooth. Scaled by exp(y / 2), y = asinh(2 kappa / (d - 1)), h hardly moves along y and has a limit, so that 171
+nodes in y serve every kappa from 0 to infinity.
 """
 
 from __future__ import annotations
