@@ -80,11 +80,13 @@ def check_launch() -> Launch:
     """
     promised = int(os.environ.get("WORLD_SIZE") or 1)
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     # Without a launch nothing is initialised: the caller may still want to build an Accelerator with other options.
     if promised == 1 and not PartialState._shared_state:
         return Launch(0, 1)
-    state = PartialState()
+    # Accelerator reads this variable itself, PartialState does not.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if promised > 1 and state.num_processes == 1:
         raise PosthocError(
             f"WORLD_SIZE is {promised}, but accelerate sees one process: each of the {promised} would believe itself "

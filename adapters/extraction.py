@@ -6,7 +6,6 @@ import json
 import math
 import re
 import time
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -295,9 +294,6 @@ class Extraction:
                 "skipped": skipped,
             },
         )
-        if skipped:
-            named = "; ".join(f"{broken.name}: {broken.why}" for broken in skipped[:3])
-            warnings.warn(f"skipped {len(skipped)} image(s) that could not be read: {named}", UserWarning, stacklevel=2)
 
     def _survey(self, store: Store, chunks: int) -> tuple[dict[str, tuple[tuple[int, ...], str]], list[Broken], bool]:
         """Shapes and dtypes of the whole arrays, the broken rows, and whether the penultimate is the embedding."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import numpy as np
 
 from .data import Source, check_labels, open_source
 from .errors import DataError, OptionError
-from .store import read_manifest
+from .store import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -119,7 +121,7 @@ class Features:
             )
         arrays = {name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r") for name in manifest["files"]}
         with contextlib.suppress(OSError):  # a store that others own
-            os.utime(folder / "manifest.json")  # its time says when the store was last used
+            os.utime(folder / MANIFEST)  # its time says when the store was last used
         return cls(
             arrays["embedding"],
             arrays["embedding"] if manifest["penultimate_is_embedding"] else arrays.get("penultimate"),
@@ -190,8 +192,13 @@ def extract(
         raise OptionError(f"views and batch_size must be at least 1, got {views} and {batch_size}")
     source = open_source(data)
     job = Extraction(backbone, source, views, dtype, batch_size, num_workers, on_error, seed, progress)
-    features = Features.load(job.run(cache_dir))
+    folder = job.run(cache_dir)
+    features = Features.load(folder)
     features.source = source
+    if features.skipped:
+        broken = json.loads((folder / MANIFEST).read_text())["skipped"]
+        named = "; ".join(f"{name}: {why}" for _, name, why in broken[:3])
+        warnings.warn(f"skipped {len(broken)} image(s) that could not be read: {named}", UserWarning, stacklevel=2)
     return features
 
 

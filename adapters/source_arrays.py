@@ -101,9 +101,6 @@ class FileSource(Source):
         self, paths: Sequence[str | Path], labels: Any = None, *, base: Path | None = None, name: str = "files"
     ) -> None:
         self.paths = [str(path) for path in paths]
-        missing = [path for path in self.paths if not Path(path).is_file()]
-        if missing:
-            raise DataError(f"{len(missing)} of {len(paths)} image files are not there, first: {missing[0]}")
         self.base, self.length, self.name = base, len(self.paths), name
         self.labels = check_labels(labels, self.length)
         self.classes: list[str] | None = None

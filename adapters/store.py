@@ -18,7 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 FORMAT = 1
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 def default_cache_dir() -> Path:
@@ -115,7 +115,7 @@ class Store:
     def publish(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Writes the manifest into the folder of `complete`, last, and puts the folder in its place."""
         files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.npy"))}
-        _write_json(folder / _MANIFEST, {"format": FORMAT, "key": self.key, "files": files, **manifest})
+        _write_json(folder / MANIFEST, {"format": FORMAT, "key": self.key, "files": files, **manifest})
         shutil.rmtree(self.folder, ignore_errors=True)  # an earlier one that was damaged
         os.rename(folder, self.folder)
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -129,7 +129,7 @@ class Store:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """A complete folder's manifest, None if it is missing or damaged, of another format, or a file's size differs."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
         arrays = {name: np.load(folder / name, mmap_mode="r") for name in manifest["files"]}
     except (OSError, ValueError, TypeError, KeyError):
@@ -187,7 +187,7 @@ def list_stores(cache_dir: str | Path | None = None) -> list[StoreInfo]:
 
 def _info(folder: Path) -> StoreInfo | None:
     complete = not folder.name.endswith(".partial")
-    path = folder / (_MANIFEST if complete else "plan.json")
+    path = folder / (MANIFEST if complete else "plan.json")
     try:
         said = json.loads(path.read_text())
         used = path.stat().st_mtime if complete else folder.stat().st_mtime
