@@ -1,0 +1,316 @@
+"""A frozen network and what the library needs of it: embedding, last-layer input and logits in one pass, preprocessing, fingerprint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import BackboneError, DataError, OptionError
+from .images import Transform, apply_transform, check_ready, is_ready, ready_batch, split_images, transform_settings
+from .module_backbone import ModuleReader
+from .reading import BackboneOutput, Structure, as_linear
+from .timm_backbone import HUB_PREFIX, TimmReader, create_timm, is_timm, probe_size, timm_preprocessing
+from .weights import dependent_tensors, load_strictly, read_checkpoint, tensor_fingerprint
+
+if TYPE_CHECKING:
+    from .features import Features
+
+__all__ = ["Backbone", "BackboneOutput", "build_backbone"]
+
+
+class Backbone(nn.Module):
+    """A frozen network; build it with `build_backbone`.
+
+    `module` is frozen in place: it is put into eval mode, its parameters stop requiring gradients, and its weights and buffers never
+    change by a bit. Gradients with respect to the images still flow. `train()` leaves it in eval mode.
+
+    source: "timm", "hub" or "module". name: timm name with tag, hub id, or the class name. weights: "pretrained", "checkpoint",
+    "random" or "as given". transform: PIL -> [3,H,W], None if unknown. preprocessing: its settings, JSON-able.
+    A network that is not timm's and has no transform is read at its first batch; until then its dimensions raise BackboneError.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        source: str,
+        name: str,
+        revision: str | None,
+        weights: str,
+        transform: Transform | None,
+        preprocessing: dict[str, Any],
+        feature_layer: str | None,
+        classifier_layer: str | bool | None,
+    ) -> None:
+        super().__init__()
+        self.module = module.eval().requires_grad_(False)
+        self.source, self.name, self.revision, self.weights = source, name, revision, weights
+        self.transform, self.preprocessing = transform, preprocessing
+        self.feature_layer, self.classifier_layer = feature_layer, classifier_layer
+        self._reader: TimmReader | ModuleReader | None = None
+        self._fingerprints: dict[str, tuple[Any, str]] = {}
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in eval mode, whatever is asked: the backbone is frozen."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating-point parameter."""
+        kinds = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        return next(kinds, torch.float32)
+
+    @property
+    def structure(self) -> Structure:
+        """What the probe batch found. Raises BackboneError before the first batch of a network without a transform."""
+        if self._reader is None:
+            raise BackboneError(
+                f"the dimensions of {self.name} are not known before its first batch; "
+                "pass transform= when wrapping it, or call it once on a batch."
+            )
+        return self._reader.structure
+
+    @property
+    def embedding_dim(self) -> int:
+        """D of `embedding` [B, D]."""
+        return self.structure.embedding_dim
+
+    @property
+    def penultimate_dim(self) -> int | None:
+        """P of `penultimate` [B, P]; None without a single linear classifier."""
+        return self.structure.penultimate_dim
+
+    @property
+    def num_classes(self) -> int:
+        """C of `logits` [B, C]; 0 without a classifier."""
+        return self.structure.num_classes
+
+    def forward(self, images: Tensor) -> BackboneOutput:
+        """embedding [B,D], penultimate [B,P] or None, logits [B,C] or None of preprocessed images [B,3,H,W], in one pass."""
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise DataError(
+                f"a backbone takes preprocessed images [B,3,H,W], but {found} was given; `prepare` makes them."
+            )
+        if self._reader is None:
+            if torch.compiler.is_compiling():
+                raise BackboneError(
+                    f"call {self.name} once on a batch (or wrap it with transform=) before compiling it."
+                )
+            self._read(images[:2])
+        assert self._reader is not None
+        return self._reader(images)
+
+    def _read(self, images: Tensor) -> None:
+        """Finds the structure of the network with a probe batch."""
+        plain = self.feature_layer is None and self.classifier_layer in (None, False)
+        try:
+            if is_timm(self.module) and plain:
+                self._reader = TimmReader(self.module, images, use_classifier=self.classifier_layer is None)
+            else:
+                self._reader = ModuleReader(self.module, images, self.feature_layer, self.classifier_layer)
+        except BackboneError:
+            raise
+        except Exception as error:  # whatever the network itself raises
+            raise BackboneError(
+                f"{self.name} failed on a batch of shape {tuple(images.shape)} ({type(error).__name__}: {error}). "
+                "Check that its forward takes one batch of images, and the size that transform= gives."
+            ) from error
+
+    def require_transform(self) -> Transform:
+        """The transform, or BackboneError saying how to give one."""
+        if self.transform is None:
+            raise BackboneError(
+                f"the preprocessing of {self.name} is not known, so PIL and uint8 images cannot be used; "
+                "pass transform= (PIL image -> float tensor [3,H,W]) when wrapping it."
+            )
+        return self.transform
+
+    def prepare(self, images: Any) -> Tensor:
+        """Images as the network takes them: [B,3,H,W] on its device and in its dtype.
+
+        PIL images and uint8 images ([B,H,W,3], [B,H,W], [H,W,3], [B,3,H,W], lists) go through `transform`. Float tensors [B,3,H,W]
+        are taken as preprocessed; they are checked, and warned about if the normalisation seems to be missing. Raises DataError.
+        """
+        if is_ready(images):
+            batch = ready_batch(images)
+            check_ready(batch, self.preprocessing)
+        else:
+            singles = split_images(images)
+            batch = apply_transform(self.require_transform(), singles)
+        return batch.to(device=self.device, dtype=self.dtype)
+
+    def classifier(self) -> nn.Linear:
+        """The one linear classifier: `classifier()(penultimate) == logits`. Raises BackboneError saying why there is none."""
+        structure = self.structure
+        if structure.linear is None:
+            raise BackboneError(f"{self.name}: {structure.refusal}")
+        return as_linear(structure.linear)
+
+    def fingerprint(self, scope: str = "embedding") -> str:
+        """SHA-256 (hex) over names, shapes, dtypes and bytes of the weights and persistent buffers an adapter depends on.
+
+        scope "embedding" leaves out the classifier's own weights, "logits" takes all. The same on every device, for every memory
+        layout, and after saving and loading. Raises OptionError for another scope.
+        """
+        if scope not in ("embedding", "logits"):
+            raise OptionError(f"fingerprint scope {scope!r} is unknown; expected 'embedding' or 'logits'.")
+        tensors = dependent_tensors(self.module, self.structure.own if scope == "embedding" else ())
+        state = _weights_state(tensors)
+        known = self._fingerprints.get(scope)
+        if known is None or known[0] != state:
+            known = (state, tensor_fingerprint(tensors))
+            self._fingerprints[scope] = known
+        return known[1]
+
+    def extract(self, data: Any, **options: Any) -> Features:
+        """The stored features of a data set; see `features.extract`."""
+        from .features import extract
+
+        return extract(self, data, **options)
+
+    def describe(self) -> dict[str, Any]:
+        """What was found: names, dimensions, classifier (or why there is none), preprocessing, parameters and a cost estimate.
+
+        The cost is measured: multiply-accumulates of one image, and milliseconds per image of a small batch on this device.
+        """
+        structure = self.structure
+        return {
+            "name": self.name,
+            "source": self.source,
+            "revision": self.revision,
+            "weights": self.weights,
+            "network": type(self.module).__name__,
+            "embedding_dim": structure.embedding_dim,
+            "embedding_layer": structure.embedding_layer,
+            "penultimate_dim": structure.penultimate_dim,
+            "num_classes": structure.num_classes,
+            "classifier": structure.linear_name,
+            "classifier_kind": structure.kind,
+            "classifier_refused": structure.refusal,
+            "preprocessing": self.preprocessing,
+            "parameters": sum(parameter.numel() for parameter in self.parameters()),
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "cost": self._cost(),
+        }
+
+    def _cost(self) -> dict[str, Any] | None:
+        """Measured on random images of the input size; None where that size is not known."""
+        size = self.preprocessing.get("input_size")
+        if size is None:
+            return None
+        images = torch.randn(4, *size, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+        with torch.inference_mode():
+            with FlopCounterMode(display=False) as counter:
+                self(images[:1])
+            seconds = []
+            for _ in range(3):
+                start = time.perf_counter()
+                self(images).embedding.sum().item()  # the number waits for the device
+                seconds.append(time.perf_counter() - start)
+        return {"gmacs": counter.get_total_flops() / 2e9, "ms_per_image": 1e3 * min(seconds) / len(images)}
+
+
+def _weights_state(tensors: dict[str, Tensor]) -> tuple[Any, ...]:
+    """Changes whenever a weight does. The version counter misses edits through `.data`, the sums see those."""
+    keys = tuple((name, value.data_ptr(), value._version, value.dtype) for name, value in tensors.items())
+    sums = [value.detach().sum(dtype=torch.float64) for value in tensors.values() if value.numel()]
+    return keys, tuple(torch.stack([value.cpu() for value in sums]).tolist()) if sums else ()
+
+
+def build_backbone(
+    backbone: str | nn.Module | Backbone,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    transform: Transform | None = None,
+    feature_layer: str | None = None,
+    classifier_layer: str | bool | None = None,
+    device: str | torch.device | None = None,
+) -> Backbone:
+    """A frozen backbone from a timm name, a hub id ("hf-hub:..."), any nn.Module, or a Backbone (returned as it is).
+
+    checkpoint: local weights (.safetensors, or .pth read with `weights_only=True`), loaded strictly. transform: PIL image -> float
+    [3,H,W]; overrides timm's. feature_layer, classifier_layer: dotted names, where embedding and classifier cannot be told;
+    `classifier_layer=False`: the output is the embedding. A module given is frozen in place: eval mode, no parameter
+    requires a gradient. Raises BackboneError.
+    """
+    if isinstance(backbone, Backbone):
+        return backbone if device is None else backbone.to(device)
+    if isinstance(backbone, str):
+        module = create_timm(backbone, pretrained, checkpoint)
+    elif isinstance(backbone, nn.Module):
+        module = _unwrapped(backbone)
+        if checkpoint is not None:
+            load_strictly(module, read_checkpoint(checkpoint), checkpoint, type(module).__name__)
+    else:
+        raise BackboneError(
+            f"a backbone of type {type(backbone).__name__} was given; expected a timm name, 'hf-hub:ID' or a torch.nn.Module."
+        )
+    source, name, revision = _identity(backbone, module)
+    weights = "checkpoint" if checkpoint is not None else "as given"
+    if isinstance(backbone, str) and checkpoint is None:
+        weights = "pretrained" if pretrained else "random"
+    preprocessing: dict[str, Any] = {}
+    if is_timm(module):
+        preprocessing, own_transform = timm_preprocessing(module)
+        transform = transform or own_transform
+    result = Backbone(
+        module if device is None else module.to(device),
+        source=source,
+        name=name,
+        revision=revision,
+        weights=weights,
+        transform=transform,
+        preprocessing=preprocessing,
+        feature_layer=feature_layer,
+        classifier_layer=classifier_layer,
+    )
+    if transform is not None:
+        _probe(result, custom=not preprocessing or transform is not own_transform)
+    return result
+
+
+def _probe(backbone: Backbone, custom: bool) -> None:
+    """Reads a backbone with a batch of noise images of the size its preprocessing gives."""
+    if custom:
+        noise = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+        images = apply_transform(backbone.require_transform(), [Image.fromarray(image) for image in noise])
+        backbone.preprocessing = transform_settings(backbone.require_transform(), images, backbone.preprocessing)
+    else:
+        images = torch.randn(2, *probe_size(backbone.preprocessing), generator=torch.Generator().manual_seed(0))
+    backbone._read(images.to(backbone.device, backbone.dtype))
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside torch.compile's or a data-parallel wrapper, whose parts can be read."""
+    inner = getattr(module, "_orig_mod", None)
+    if inner is None and isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = module.module
+    return module if inner is None else _unwrapped(inner)
+
+
+def _identity(given: str | nn.Module, module: nn.Module) -> tuple[str, str, str | None]:
+    """source, name and revision."""
+    if isinstance(given, str) and given.startswith(HUB_PREFIX):
+        name, _, revision = given.partition("@")
+        return "hub", name, revision or None
+    if is_timm(module):
+        config: Any = module.pretrained_cfg
+        architecture, tag = config.get("architecture"), config.get("tag")
+        if architecture:
+            return "timm", f"{architecture}.{tag}" if tag else architecture, None
+    return "module", type(module).__name__, None
