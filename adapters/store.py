@@ -83,11 +83,11 @@ class Store:
         with _renamed(self.chunk_path(index)) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
-    def read_chunk(self, index: int) -> dict[str, np.ndarray] | None:
-        """The arrays of a chunk, None if it is missing or damaged."""
+    def read_chunk(self, index: int, only: tuple[str, ...] | None = None) -> dict[str, np.ndarray] | None:
+        """The arrays of a chunk (all, or those named), None if it is missing or what is read of it is damaged."""
         try:
             with np.load(self.chunk_path(index), allow_pickle=False) as chunk:
-                return {name: chunk[name] for name in chunk.files}
+                return {name: chunk[name] for name in only or chunk.files}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
