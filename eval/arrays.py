@@ -1,0 +1,50 @@
+"""What every score and metric asks of its input: real numbers, matching lengths, nothing missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..adapters.errors import DataError
+
+Array = Any
+"""A NumPy array, a torch tensor on any device, or anything NumPy can read."""
+
+
+def as_numpy(values: Array) -> np.ndarray:
+    """The same numbers as a NumPy array, on the CPU and without gradient."""
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def finite(name: str, values: Array, ndim: int | tuple[int, ...] = 1) -> np.ndarray:
+    """Float64 array of `ndim` dimensions with at least one row.
+
+    Raises DataError for another shape, no rows, or values that are not finite (naming the first rows).
+    """
+    array = as_numpy(values).astype(np.float64)
+    allowed = (ndim,) if isinstance(ndim, int) else ndim
+    if array.ndim not in allowed or not len(array):
+        wanted = " or ".join(f"{n}-dimensional" for n in allowed)
+        raise DataError(f"{name} has shape {array.shape}; expected a {wanted} array with at least one row")
+    if not np.isfinite(array).all():
+        bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))
+        rows = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        raise DataError(f"{name} is not finite in {len(bad)} of {len(array)} rows (rows {rows})")
+    return array
+
+
+def truth(name: str, values: Array) -> np.ndarray:
+    """Bool array [N]; raises DataError for anything but booleans or zeros and ones."""
+    array = finite(name, values)
+    if not np.isin(array, (0.0, 1.0)).all():
+        raise DataError(f"{name} must be booleans or zeros and ones; it has other values")
+    return array.astype(bool)
+
+
+def same_rows(**arrays: np.ndarray) -> None:
+    """Raises DataError unless all arrays have the same first dimension."""
+    if len({len(a) for a in arrays.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(a)}" for name, a in arrays.items())
+        raise DataError(f"one row for each image is expected, and the lengths differ: {lengths}")
