@@ -154,21 +154,21 @@ class VonMisesFisher(Distribution):
 
         q in [0, 1] broadcasts with the batch shape. Once differentiable in kappa and q.
         """
-        kappa = self.concentration.double()
-        q = torch.as_tensor(q, dtype=torch.float64, device=kappa.device)
-        kappa, q = torch.broadcast_tensors(kappa, q)
+        level = torch.as_tensor(q, dtype=torch.float64, device=self.concentration.device)
+        kappa, level = torch.broadcast_tensors(self.concentration.double(), level)
         with torch.no_grad():
-            score = -torch.special.ndtri(q.clamp(1e-300, 1.0 - 1e-16))
+            score = -torch.special.ndtri(level.clamp(1e-300, 1.0 - 1e-16))
             exact = solve_quantile(kappa.clamp(max=1e15), score, self.dim)
-            h, pointed = exact.half_chord, torch.isinf(kappa)
-            cosine = torch.where(pointed, 1.0, 1.0 - 2.0 * h * h)
+            h, point = exact.half_chord, torch.isinf(kappa)
             sine = 2.0 * h * torch.sqrt((1.0 - h * h).clamp(min=0.0))
-            by_kappa = torch.where(pointed, 0.0, -4.0 * h * exact.slope)
-            by_q = torch.where(pointed, 0.0, sine / exact.density)
-            cosine = torch.where(q <= 0.0, -1.0, torch.where(q >= 1.0, 1.0, cosine))
-        moved = by_q * (q - q.detach())
+            by_kappa = torch.where(point, 0.0, -4.0 * h * exact.slope)
+            by_level = torch.where(point, 0.0, sine / exact.density)
+            cosine = torch.where(point, 1.0, 1.0 - 2.0 * h * h)
+            cosine = torch.where(level <= 0.0, -1.0, torch.where(level >= 1.0, 1.0, cosine))
+        moved = by_level * (level - level.detach())
         if self.concentration.requires_grad:
-            moved = moved + by_kappa * torch.where(pointed, 0.0, kappa - kappa.detach())
+            finite = torch.where(point, 0.0, kappa)
+            moved = moved + by_kappa * (finite - finite.detach())
         return (cosine + moved).to(self.concentration.dtype)
 
     def rsample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:

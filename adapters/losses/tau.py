@@ -55,12 +55,12 @@ class TaU(nn.Module):
             shapes = ", ".join(str(tuple(x.shape)) for x in (z1, z2, r1, r2))
             raise OptionError(f"TaU expects [N, D], [N, D], [N], [N] with N >= 2; the shapes given are {shapes}")
         with torch.autocast(z1.device.type, enabled=False):
-            return self._loss(*(x if x.dtype == torch.float64 else x.float() for x in (z1, z2, r1, r2)), exclude)
+            z = functional.normalize(_full(torch.cat([z1, z2])), dim=-1)
+            return self._loss(z, torch.sigmoid(_full(torch.cat([r1, r2]))) / self.base_temperature, exclude)
 
-    def _loss(self, z1: Tensor, z2: Tensor, r1: Tensor, r2: Tensor, exclude: Tensor | None) -> Tensor:
-        n = len(z1)
-        z = functional.normalize(torch.cat([z1, z2]), dim=-1)
-        scale = torch.sigmoid(torch.cat([r1, r2])) / self.base_temperature
+    def _loss(self, z: Tensor, scale: Tensor, exclude: Tensor | None) -> Tensor:
+        """From both views' directions [2N, D] and inverse temperatures [2N]."""
+        n = len(z) // 2
         cosine = (z[:n] * z[n:]).sum(-1).repeat(2)
         close = cosine * (scale[:n].repeat(2) if self.reference else scale)
         far = (z * scale[:, None]) @ z.T
@@ -74,3 +74,7 @@ class TaU(nn.Module):
             negatives = torch.logaddexp(negatives, cosine * scale)
         used = (~barred).any(1)
         return torch.where(used, negatives - close, 0.0).sum() / used.sum().clamp(min=1)
+
+
+def _full(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
