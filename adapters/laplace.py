@@ -63,6 +63,7 @@ class LastLayerPosterior(nn.Module):
         weight: np.ndarray | Tensor,
         bias: np.ndarray | Tensor | None = None,
         labels: np.ndarray | Tensor | None = None,
+        subset: np.ndarray | None = None,
     ) -> LastLayerPosterior:
         """Curvature at (weight, bias) on stored inputs of the layer, streamed in chunks; returns itself.
 
@@ -70,6 +71,7 @@ class LastLayerPosterior(nn.Module):
             penultimate: [N, P] inputs of the linear layer, memory maps welcome.
             weight, bias: [C, P], [C] or None. C >= 2.
             labels: int [N] or soft [N, C]; only the marginal likelihood needs them.
+            subset: positions of the rows to use (default all), so that a memory map need not be copied.
 
         Raises DataError on shapes that do not fit, non-finite values (naming rows), labels out of range.
         """
@@ -82,13 +84,14 @@ class LastLayerPosterior(nn.Module):
         self.curvature = curvature_class(self.structure)(inputs, classes, bias is not None).to(weight)
         total: list[Tensor] = []
         log_likelihood = weight.new_zeros(())
-        for rows, phi in _chunks(penultimate, inputs + classes, weight.device):
+        subset = np.arange(len(penultimate)) if subset is None else np.asarray(subset)
+        for rows, phi in _chunks(penultimate, subset, inputs + classes, weight.device):
             log_p = torch.log_softmax(self.logits(phi), dim=-1)
             sums = self.curvature.sums(phi, log_p.exp())
             total = list(sums) if not total else [a.add_(b) for a, b in zip(total, sums, strict=True)]
             if targets is not None:
                 log_likelihood += _log_likelihood(log_p, targets[rows].to(log_p.device))
-        self.n_data = len(penultimate)
+        self.n_data = len(subset)
         self.curvature.assign((total[0], total[1]), self.n_data)
         self.log_likelihood = log_likelihood if targets is not None else log_likelihood * math.nan
         return self
@@ -161,19 +164,14 @@ class LastLayerPosterior(nn.Module):
         return probit(self.logits(penultimate), self.functional_variance(penultimate))
 
     def mutual_information(self, penultimate: Tensor, draws: Tensor | None = None) -> Tensor:
-        """[B] epistemic uncertainty in nats of inputs [B, P], see `mutual_information`; streamed in chunks of rows.
+        """[B] epistemic uncertainty in nats of inputs [B, P], see the function `mutual_information`.
 
         `draws`: [S, C] standard normal numbers, by default `normal_draws(C)`.
         """
         curvature, phi = self.fitted(), penultimate.to(self.weight)
-        draws = normal_draws(len(self.weight)) if draws is None else draws
-        draws = draws.to(self.weight)
-        rows = max(1, CHUNK_BYTES // (draws.numel() * draws.element_size()))
-        parts = []
-        for part in phi.split(rows):
-            variance = curvature.variance(part, self.prior_precision, 1.0 / self.temperature)
-            parts.append(mutual_information(self.logits(part), variance, curvature.to_logits, draws))
-        return torch.cat(parts)
+        draws = (normal_draws(len(self.weight)) if draws is None else draws).to(self.weight)
+        variance = curvature.variance(phi, self.prior_precision, 1.0 / self.temperature)
+        return mutual_information(self.logits(phi), variance, curvature.to_logits, draws)
 
 
 def probit(logits: Tensor, variance: Tensor) -> Tensor:
@@ -190,12 +188,14 @@ def entropy(probabilities: Tensor) -> Tensor:
     return -(probabilities * probabilities.clamp(min=tiny).log()).sum(-1)
 
 
-def normal_draws(classes: int, n_samples: int = 32, seed: int = 0) -> Tensor:
+def normal_draws(classes: int, n_samples: int | None = None, seed: int = 0) -> Tensor:
     """[S, C] standard normal numbers, the same for the same seed: scrambled Sobol points and their mirror images.
 
     Mirrored, and scaled to unit variance in each coordinate, so that mean and variance of each are exact. The global
-    random state is left alone. `n_samples` is even.
+    random state is left alone. `n_samples` is even; by default 16384 / C, between 32 and 256: on CIFAR-10 features 256
+    give the mutual information to 3 % (median) and 32 to 16 %. S draws cannot show more than log S nats.
     """
+    n_samples = min(256, max(32, 8192 // classes * 2)) if n_samples is None else n_samples
     if n_samples < 2 or n_samples % 2:
         raise OptionError(f"n_samples={n_samples} was given; expected an even number (draws come in mirrored pairs)")
     engine = torch.quasirandom.SobolEngine(classes, scramble=True, seed=seed)
@@ -214,10 +214,14 @@ def mutual_information(
         logits: [B, C] means.
         variance: [B, C] variances of independent coordinates, which `to_logits` maps [..., C] to deviations of the
             logits, so that the covariance across classes is kept whole without a [B, C, C] array.
-        draws: [S, C] standard normal numbers; memory is O(B S C).
+        draws: [S, C] standard normal numbers. Rows are taken in chunks, so that memory does not grow with S C B.
 
     It is the mean over draws of KL(p_s || mean of p), computed in a form that cannot be negative.
     """
+    rows = max(1, CHUNK_BYTES // (draws.numel() * draws.element_size()))
+    if not torch.compiler.is_compiling() and len(logits) > rows:  # an exported graph keeps its batch in one piece
+        parts = zip(logits.split(rows), variance.split(rows), strict=True)
+        return torch.cat([mutual_information(f, v, to_logits, draws) for f, v in parts])
     deviation = to_logits(variance.sqrt().unsqueeze(1) * draws)
     log_p = torch.log_softmax(logits.unsqueeze(1) + deviation, dim=-1)
     log_mean = torch.logsumexp(log_p, dim=1, keepdim=True) - math.log(len(draws))
@@ -304,21 +308,23 @@ def _check_rows(
     return targets.long()
 
 
-def _chunks(rows: np.ndarray | Tensor, width: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Consecutive slices of rows and those rows as float64, about CHUNK_BYTES each; refuses non-finite ones."""
+def _chunks(
+    array: np.ndarray | Tensor, subset: np.ndarray, width: int, device: torch.device
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Positions and rows (float64) of consecutive chunks of about CHUNK_BYTES; refuses non-finite rows."""
     size = max(64, CHUNK_BYTES // (8 * width))
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        x = rows[part] if isinstance(rows, Tensor) else torch.from_numpy(np.asarray(rows[part], dtype=np.float64))
+    for start in range(0, len(subset), size):
+        rows = subset[start : start + size]
+        x = array[rows] if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array[rows], dtype=np.float64))
         x = x.detach().to(device=device, dtype=torch.float64)
         if not torch.isfinite(x.sum()):
             bad = torch.nonzero(~torch.isfinite(x).all(1)).flatten()
-            listed = ", ".join(str(start + int(i)) for i in bad[:5])
+            listed = ", ".join(str(rows[int(i)]) for i in bad[:5])
             raise DataError(
                 f"{len(bad)} rows of penultimate hold NaN or infinite values (among them rows {listed}): leave these "
                 "images out, or extract in float32"
             )
-        yield part, x
+        yield rows, x
 
 
 def _log_likelihood(log_p: Tensor, targets: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ def fit_linear_probe(
     features: np.ndarray,
     labels: np.ndarray,
     *,
+    train: np.ndarray | None = None,
     held_out: np.ndarray | None = None,
     classes: int | None = None,
     seed: int = 0,
@@ -49,23 +50,21 @@ def fit_linear_probe(
     Args:
         features: [N, P], memory maps welcome: read in chunks; float64 ones are worked on in float64, others in float32.
         labels: int [N] or soft [N, C].
-        held_out: positions of rows that only choose the strength; the probe never sees them. None: a seeded fifth
-            chooses, and the probe is then fitted on all rows.
+        train: positions of the rows to fit; None: all (that are not held out).
+        held_out: positions of rows that only choose the strength; the probe never sees them. None: a seeded fifth of
+            the rows chooses, and the probe is then fitted on all of them.
         classes: C when it is more than the labels show.
 
     Raises DataError on a single class, shapes that do not fit, labels out of range, non-finite features.
     """
     classes = _check(features, labels, classes)
-    rows = np.arange(len(features))
-    if held_out is None:
-        choosing = row_uniform(rows, seed) < HELD_OUT_SHARE
-    else:
-        choosing = np.zeros(len(features), dtype=bool)
-        choosing[held_out] = True
-    if choosing.all() or not choosing.any():
-        raise DataError(f"{choosing.sum()} of {len(rows)} rows are held out: a linear probe needs rows on either side")
-    fitting = _Problem(features, labels, rows[~choosing], classes, torch.device(device))
-    checking = _Problem(features, labels, rows[choosing], classes, torch.device(device))
+    rows = np.arange(len(features)) if train is None else np.asarray(train)
+    chosen = row_uniform(rows, seed) < HELD_OUT_SHARE if held_out is None else np.isin(rows, held_out)
+    checks = rows[chosen] if held_out is None else np.asarray(held_out)
+    if chosen.all() or len(checks) == 0:
+        raise DataError(f"{len(checks)} of {len(rows)} rows are held out: a linear probe needs rows on either side")
+    fitting = _Problem(features, labels, rows[~chosen], classes, torch.device(device))
+    checking = _Problem(features, labels, checks, classes, torch.device(device))
     best: tuple[float, float, Tensor] | None = None
     theta = fitting.start()
     for strength in STRENGTHS:
