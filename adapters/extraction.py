@@ -22,8 +22,8 @@ from .distributed import check_launch
 from .errors import DataError
 from .images import Transform, augmented_transform
 from .reading import same_tensor
-from .source_base import Source, canonical, digest
-from .source_loader import Batch, Broken, forked_rng, read_batches, workers_for
+from .source_base import Source, canonical, digest, forked_rng
+from .source_loader import Batch, Broken, read_batches, workers_for
 from .store import FORMAT, Store, default_cache_dir
 
 if TYPE_CHECKING:
@@ -74,9 +74,12 @@ class Extraction:
         options = {"format": FORMAT, "views": self.views, "dtype": self.dtype}
         if self.views > 1:
             options["seed"] = self.seed
+        backbone = self.backbone
+        # The weights do not tell how the network is read, nor its parts without weights: pooling, activations.
+        reading = [repr(backbone.module), backbone.feature_layer, backbone.classifier_layer, backbone.preprocessing]
         return digest(
-            self.backbone.fingerprint("logits"),
-            re.sub(r"0x[0-9a-f]+", "", canonical(self.backbone.preprocessing)),
+            backbone.fingerprint("logits"),
+            re.sub(r"0x[0-9a-f]+", "", canonical(reading)),
             _probe(self.transform),
             self.source.fingerprint(self.progress),
             canonical(options),

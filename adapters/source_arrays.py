@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .errors import DataError
-from .source_base import LABEL_COLUMNS, Item, Source, check_labels, digest, file_stamp
+from .source_base import LABEL_COLUMNS, Item, Source, check_labels, digest, file_stamp, item_digest, join
 
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 IMAGE_ENDINGS = (
@@ -89,7 +89,7 @@ class ListSource(Source):
         return Item(self.images[row], int(label) if label is not None and label.ndim == 0 else label)
 
     def _fingerprint(self, progress: bool) -> str:
-        return digest("list", self.images, self.labels)
+        return join(item_digest(self, row) for row in range(len(self)))
 
 
 class FileSource(Source):

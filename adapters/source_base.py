@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import numbers
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -229,18 +231,41 @@ def file_stamp(path: Path) -> tuple[int, int]:
 
 def image_stamp(image: Any) -> Any:
     """What identifies the content of an item's image to `digest`: a path stands for its file's size and time."""
+    if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
+        image = image["path"]
     return (str(image), *file_stamp(Path(image))) if isinstance(image, str | Path) else image
 
 
-def item_digest(source: Source, row: int) -> bytes:
-    """Digest of one item; an item that cannot be read hashes as its error, so that a repaired file is seen."""
+@contextlib.contextmanager
+def forked_rng() -> Iterator[Callable[[int, int, int], None]]:
+    """Gives `reseed(seed, row, view)` for python, numpy and torch (CPU), and puts all three back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+    def reseed(seed: int, row: int, view: int) -> None:
+        number = int.from_bytes(hashlib.sha256(f"{seed}/{row}/{view}".encode()).digest()[:8], "little")
+        random.seed(number)
+        np.random.seed(number % 2**32)  # noqa: NPY002
+        torch.default_generator.manual_seed(number % 2**63)  # not torch.manual_seed: no accelerator's state is ours
+
     try:
-        item = source.item(row)
+        yield reseed
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+def item_digest(source: Source, row: int) -> bytes:
+    """Digest of one item, its randomness fixed; one that cannot be read hashes as its kind of error."""
+    try:
+        with forked_rng() as reseed:
+            reseed(0, row, 0)
+            item = source.item(row)
         return bytes.fromhex(digest(image_stamp(item.image), item.label))
     except DataError:
         raise
     except Exception as error:
-        return bytes.fromhex(digest("unreadable", type(error).__name__, str(error)))
+        return bytes.fromhex(digest("unreadable", type(error).__name__))
 
 
 def canonical(value: Any) -> str:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import io
 import os
-import random
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .errors import BackboneError, DataError, PosthocError
 from .images import Transform, is_ready, to_pil
-from .source_base import Item, Source
+from .source_base import Item, Source, forked_rng
 
 
 class Broken(NamedTuple):
@@ -68,25 +65,6 @@ def image_name(image: Any) -> str | None:
     return str(image) if isinstance(image, str | Path) else None
 
 
-@contextlib.contextmanager
-def forked_rng() -> Iterator[Callable[[int, int, int], None]]:
-    """Gives `reseed(seed, row, view)` for python, numpy and torch (CPU), and puts all three back as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-
-    def reseed(seed: int, row: int, view: int) -> None:
-        number = int.from_bytes(hashlib.sha256(f"{seed}/{row}/{view}".encode()).digest()[:8], "little")
-        random.seed(number)
-        np.random.seed(number % 2**32)  # noqa: NPY002
-        torch.default_generator.manual_seed(number % 2**63)  # not torch.manual_seed: no accelerator's state is ours
-
-    try:
-        yield reseed
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
-
-
 class _Reader(Dataset):
     """Reads one job: a row number, or (row number, item) of a stream. Runs in the loader's workers."""
 
@@ -102,7 +80,8 @@ class _Reader(Dataset):
             except (PosthocError, MemoryError):
                 raise
             except Exception as error:  # a decoder may raise nearly anything for a damaged file
-                return Broken(row, self._name(row, item), f"{type(error).__name__}: {error}")
+                why = re.sub(r" <_io\.\w+ object at \w+>", "", str(error))
+                return Broken(row, self._name(row, item), f"{type(error).__name__}: {why}")
             return row, self._prepare(row, image), item.label, isinstance(image, Tensor)
         except PosthocError as error:  # returned, not raised: a worker's traceback would bury the message
             return type(error)(f"{self._name(row, item)}: {error}")
