@@ -1,4 +1,4 @@
-"""A frozen network and what the library needs of it: embedding, last-layer input and logits in one pass, preprocessing, fingerprint."""
+"""A frozen network: embedding, last-layer input and logits in one pass, its preprocessing and its fingerprint."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import BackboneError, DataError, OptionError
 from .images import Transform, apply_transform, check_ready, is_ready, ready_batch, split_images, transform_settings
 from .module_backbone import ModuleReader
+from .probing import first_reader, free_probes, noise, read_network, settled_reader, timm_probes, transform_probe
 from .reading import BackboneOutput, Structure, as_linear
-from .timm_backbone import HUB_PREFIX, TimmReader, create_timm, is_timm, probe_size, timm_preprocessing
-from .weights import dependent_tensors, load_strictly, read_checkpoint, tensor_fingerprint
+from .timm_backbone import HUB_PREFIX, TimmReader, create_timm, is_timm, timm_preprocessing
+from .weights import dependent_tensors, load_strictly, read_checkpoint, tensor_fingerprint, weights_state
 
 if TYPE_CHECKING:
     from .features import Features
@@ -28,12 +27,13 @@ __all__ = ["Backbone", "BackboneOutput", "build_backbone"]
 class Backbone(nn.Module):
     """A frozen network; build it with `build_backbone`.
 
-    `module` is frozen in place: it is put into eval mode, its parameters stop requiring gradients, and its weights and buffers never
-    change by a bit. Gradients with respect to the images still flow. `train()` leaves it in eval mode.
+    `module` is frozen in place: eval mode, no parameter requires a gradient, and its weights and buffers never change by
+    a bit; gradients with respect to the images still flow. `train()` leaves it in eval mode.
 
-    source: "timm", "hub" or "module". name: timm name with tag, hub id, or the class name. weights: "pretrained", "checkpoint",
-    "random" or "as given". transform: PIL -> [3,H,W], None if unknown. preprocessing: its settings, JSON-able.
-    A network that is not timm's and has no transform is read at its first batch; until then its dimensions raise BackboneError.
+    source: "timm", "hub" or "module". name: timm name with tag, hub id, or class name. weights: "pretrained",
+    "checkpoint", "random" or "as given". transform: PIL -> [3,H,W], None if unknown. preprocessing: its settings,
+    JSON-able. A network of unknown input size that accepts no probe is read at its first batch; until then its dimensions
+    raise BackboneError.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Backbone(nn.Module):
 
     @property
     def structure(self) -> Structure:
-        """What the probe batch found. Raises BackboneError before the first batch of a network without a transform."""
+        """What the probe found. Raises BackboneError where only a first batch can tell."""
         if self._reader is None:
             raise BackboneError(
-                f"the dimensions of {self.name} are not known before its first batch; "
-                "pass transform= when wrapping it, or call it once on a batch."
+                f"the dimensions of {self.name} are not known before its first batch: it accepted no probe, or they follow "
+                "the image size. Call it once on a batch, or wrap it with a transform= that gives images of one size."
             )
         return self._reader.structure
 
@@ -98,36 +98,31 @@ class Backbone(nn.Module):
         return self.structure.num_classes
 
     def forward(self, images: Tensor) -> BackboneOutput:
-        """embedding [B,D], penultimate [B,P] or None, logits [B,C] or None of preprocessed images [B,3,H,W], in one pass."""
+        """Preprocessed images [B,3,H,W] in one pass: embedding [B,D], penultimate [B,P] or None, logits [B,C] or None."""
         if not isinstance(images, Tensor) or images.ndim != 4:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise DataError(
-                f"a backbone takes preprocessed images [B,3,H,W], but {found} was given; `prepare` makes them."
-            )
+            raise DataError(f"a backbone takes preprocessed images [B,3,H,W], but {found} was given; `prepare` makes them.")
         if self._reader is None:
             if torch.compiler.is_compiling():
-                raise BackboneError(
-                    f"call {self.name} once on a batch (or wrap it with transform=) before compiling it."
-                )
-            self._read(images[:2])
-        assert self._reader is not None
+                raise BackboneError(f"call {self.name} once on a batch before compiling it.")
+            self._reader = self._read(images[:2])
         return self._reader(images)
 
-    def _read(self, images: Tensor) -> None:
-        """Finds the structure of the network with a probe batch."""
-        plain = self.feature_layer is None and self.classifier_layer in (None, False)
-        try:
-            if is_timm(self.module) and plain:
-                self._reader = TimmReader(self.module, images, use_classifier=self.classifier_layer is None)
-            else:
-                self._reader = ModuleReader(self.module, images, self.feature_layer, self.classifier_layer)
-        except BackboneError:
-            raise
-        except Exception as error:  # whatever the network itself raises
-            raise BackboneError(
-                f"{self.name} failed on a batch of shape {tuple(images.shape)} ({type(error).__name__}: {error}). "
-                "Check that its forward takes one batch of images, and the size that transform= gives."
-            ) from error
+    def _read(self, images: Tensor) -> TimmReader | ModuleReader:
+        images = images.to(self.device, self.dtype)
+        return read_network(self.module, images, self.feature_layer, self.classifier_layer)
+
+    def _probe(self, custom_transform: bool) -> None:
+        """Reads the network with noise, where its input size is known or can be found."""
+        probes = None if custom_transform or not self.preprocessing else timm_probes(self.preprocessing)
+        if custom_transform and self.transform is not None:
+            made = transform_probe(self.transform)
+            self.preprocessing = transform_settings(self.transform, made, self.preprocessing)
+            probes = iter([made]) if len(made) == 2 else None
+        if probes is not None:
+            self._reader = first_reader(self._read, probes)
+        else:
+            self._reader = settled_reader(self._read, free_probes(self.transform))
 
     def require_transform(self) -> Transform:
         """The transform, or BackboneError saying how to give one."""
@@ -141,15 +136,15 @@ class Backbone(nn.Module):
     def prepare(self, images: Any) -> Tensor:
         """Images as the network takes them: [B,3,H,W] on its device and in its dtype.
 
-        PIL images and uint8 images ([B,H,W,3], [B,H,W], [H,W,3], [B,3,H,W], lists) go through `transform`. Float tensors [B,3,H,W]
-        are taken as preprocessed; they are checked, and warned about if the normalisation seems to be missing. Raises DataError.
+        PIL images and uint8 images ([B,H,W,3], [B,H,W], [H,W,3], [B,3,H,W], lists) go through `transform`. Float tensors
+        [B,3,H,W] are taken as preprocessed; they are checked, with a UserWarning if the normalisation seems to be missing.
+        Raises DataError.
         """
         if is_ready(images):
             batch = ready_batch(images)
             check_ready(batch, self.preprocessing)
         else:
-            singles = split_images(images)
-            batch = apply_transform(self.require_transform(), singles)
+            batch = apply_transform(self.require_transform(), split_images(images))
         return batch.to(device=self.device, dtype=self.dtype)
 
     def classifier(self) -> nn.Linear:
@@ -162,13 +157,13 @@ class Backbone(nn.Module):
     def fingerprint(self, scope: str = "embedding") -> str:
         """SHA-256 (hex) over names, shapes, dtypes and bytes of the weights and persistent buffers an adapter depends on.
 
-        scope "embedding" leaves out the classifier's own weights, "logits" takes all. The same on every device, for every memory
-        layout, and after saving and loading. Raises OptionError for another scope.
+        scope "embedding" leaves out the classifier's own weights, "logits" takes all. The same on every device, for every
+        memory layout, and after saving and loading. Raises OptionError for another scope.
         """
         if scope not in ("embedding", "logits"):
             raise OptionError(f"fingerprint scope {scope!r} is unknown; expected 'embedding' or 'logits'.")
         tensors = dependent_tensors(self.module, self.structure.own if scope == "embedding" else ())
-        state = _weights_state(tensors)
+        state = weights_state(tensors)
         known = self._fingerprints.get(scope)
         if known is None or known[0] != state:
             known = (state, tensor_fingerprint(tensors))
@@ -182,9 +177,10 @@ class Backbone(nn.Module):
         return extract(self, data, **options)
 
     def describe(self) -> dict[str, Any]:
-        """What was found: names, dimensions, classifier (or why there is none), preprocessing, parameters and a cost estimate.
+        """What was found: names, dimensions, classifier (or why there is none), preprocessing, parameters, cost.
 
-        The cost is measured: multiply-accumulates of one image, and milliseconds per image of a small batch on this device.
+        The cost is measured: billions of multiply-accumulates for one image, and milliseconds per image on this device;
+        None where the input size is not known.
         """
         structure = self.structure
         return {
@@ -208,11 +204,10 @@ class Backbone(nn.Module):
         }
 
     def _cost(self) -> dict[str, Any] | None:
-        """Measured on random images of the input size; None where that size is not known."""
         size = self.preprocessing.get("input_size")
-        if size is None:
+        if size is None or None in size:
             return None
-        images = torch.randn(4, *size, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+        images = noise(size).to(self.device, self.dtype)
         with torch.inference_mode():
             with FlopCounterMode(display=False) as counter:
                 self(images[:1])
@@ -222,13 +217,6 @@ class Backbone(nn.Module):
                 self(images).embedding.sum().item()  # the number waits for the device
                 seconds.append(time.perf_counter() - start)
         return {"gmacs": counter.get_total_flops() / 2e9, "ms_per_image": 1e3 * min(seconds) / len(images)}
-
-
-def _weights_state(tensors: dict[str, Tensor]) -> tuple[Any, ...]:
-    """Changes whenever a weight does. The version counter misses edits through `.data`, the sums see those."""
-    keys = tuple((name, value.data_ptr(), value._version, value.dtype) for name, value in tensors.items())
-    sums = [value.detach().sum(dtype=torch.float64) for value in tensors.values() if value.numel()]
-    return keys, tuple(torch.stack([value.cpu() for value in sums]).tolist()) if sums else ()
 
 
 def build_backbone(
@@ -243,12 +231,13 @@ def build_backbone(
 ) -> Backbone:
     """A frozen backbone from a timm name, a hub id ("hf-hub:..."), any nn.Module, or a Backbone (returned as it is).
 
-    checkpoint: local weights (.safetensors, or .pth read with `weights_only=True`), loaded strictly. transform: PIL image -> float
-    [3,H,W]; overrides timm's. feature_layer, classifier_layer: dotted names, where embedding and classifier cannot be told;
-    `classifier_layer=False`: the output is the embedding. A module given is frozen in place: eval mode, no parameter
-    requires a gradient. Raises BackboneError.
+    checkpoint: local weights (.safetensors, or .pth read with `weights_only=True`), loaded strictly. transform: PIL image
+    -> float [3,H,W]; overrides timm's. feature_layer, classifier_layer: dotted names, where embedding and classifier
+    cannot be told; `classifier_layer=False`: the output is the embedding. device: None leaves the network where it is. A
+    module given is frozen in place: eval mode, no parameter requires a gradient. Raises BackboneError.
     """
     if isinstance(backbone, Backbone):
+        _refuse_changes(backbone, checkpoint, transform, feature_layer, classifier_layer)
         return backbone if device is None else backbone.to(device)
     if isinstance(backbone, str):
         module = create_timm(backbone, pretrained, checkpoint)
@@ -258,41 +247,42 @@ def build_backbone(
             load_strictly(module, read_checkpoint(checkpoint), checkpoint, type(module).__name__)
     else:
         raise BackboneError(
-            f"a backbone of type {type(backbone).__name__} was given; expected a timm name, 'hf-hub:ID' or a torch.nn.Module."
+            f"a backbone of type {type(backbone).__name__} was given; expected a timm name, 'hf-hub:ID' or an nn.Module."
         )
-    source, name, revision = _identity(backbone, module)
     weights = "checkpoint" if checkpoint is not None else "as given"
     if isinstance(backbone, str) and checkpoint is None:
         weights = "pretrained" if pretrained else "random"
-    preprocessing: dict[str, Any] = {}
-    if is_timm(module):
-        preprocessing, own_transform = timm_preprocessing(module)
-        transform = transform or own_transform
+    preprocessing, own_transform = timm_preprocessing(module) if is_timm(module) else ({}, None)
+    source, name, revision = _identity(backbone, module)
     result = Backbone(
         module if device is None else module.to(device),
         source=source,
         name=name,
         revision=revision,
         weights=weights,
-        transform=transform,
+        transform=transform or own_transform,
         preprocessing=preprocessing,
         feature_layer=feature_layer,
         classifier_layer=classifier_layer,
     )
-    if transform is not None:
-        _probe(result, custom=not preprocessing or transform is not own_transform)
+    result._probe(custom_transform=transform is not None)
     return result
 
 
-def _probe(backbone: Backbone, custom: bool) -> None:
-    """Reads a backbone with a batch of noise images of the size its preprocessing gives."""
-    if custom:
-        noise = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
-        images = apply_transform(backbone.require_transform(), [Image.fromarray(image) for image in noise])
-        backbone.preprocessing = transform_settings(backbone.require_transform(), images, backbone.preprocessing)
-    else:
-        images = torch.randn(2, *probe_size(backbone.preprocessing), generator=torch.Generator().manual_seed(0))
-    backbone._read(images.to(backbone.device, backbone.dtype))
+def _refuse_changes(backbone: Backbone, checkpoint: Any, transform: Any, feature: Any, classifier: Any) -> None:
+    """A finished Backbone cannot be given other options."""
+    given = {
+        "checkpoint": checkpoint is not None,
+        "transform": transform not in (None, backbone.transform),
+        "feature_layer": feature not in (None, backbone.feature_layer),
+        "classifier_layer": classifier not in (None, backbone.classifier_layer),
+    }
+    changed = [f"{name}=" for name, change in given.items() if change]
+    if changed:
+        raise BackboneError(
+            f"{', '.join(changed)} was given with {backbone.name}, which is already wrapped; wrap its network anew: "
+            "build_backbone(backbone.module, ...)."
+        )
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -56,7 +56,7 @@ def _base_model(backbone: BackboneConfig) -> list[str]:
 
 
 def _backbone_argument(backbone: BackboneConfig) -> str:
-    return ", backbone=your_model" if backbone.source == "module" else ""
+    return ", backbone=your_model" if backbone.source == "module" or backbone.weights != "pretrained" else ""
 
 
 def _number(value: object) -> str:

@@ -35,7 +35,8 @@ class BackboneConfig:
     """The backbone an adapter belongs to.
 
     source: "timm", "hub" or "module"; name: timm name, hub id or class; fingerprints: SHA-256 by scope ("embedding",
-    "logits"), for the scopes that the heads depend on; the layers are names inside an own module, or None.
+    "logits"), for the scopes that the heads depend on; weights: "pretrained", "checkpoint", "random" or "as given"; the
+    layers are those given to `wrap`.
     """
 
     source: str
@@ -44,19 +45,21 @@ class BackboneConfig:
     embedding_dim: int
     penultimate_dim: int | None
     num_classes: int
+    weights: str
     revision: str | None = None
     feature_layer: str | None = None
-    classifier_layer: str | None = None
+    classifier_layer: str | bool | None = None
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """One head: its registered name, kind of score, fingerprint scope, options, what its fit reported, and a summary of
-    its held-out scores (the quantiles themselves are tensors)."""
+    """One head: its registered name, kind of score, fingerprint scope, number of classes of the labels it was fitted on (0:
+    none), options, a summary of its held-out scores (the quantiles themselves are tensors), and what its fit reported."""
 
     name: str
     kind: str
     scope: str
+    classes: int
     options: dict[str, Any]
     held_out: dict[str, Any]
     report: dict[str, Any] = field(default_factory=dict)
@@ -133,7 +136,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _read(next(a for a in args if a is not types.NoneType), value, where)
+        if value is None or type(value) in args:
+            return value
+        return _read(args[0], value, where)
     if dataclasses.is_dataclass(kind):
         return _read_fields(kind, value, where)
     if origin is list and isinstance(value, list):
@@ -186,6 +191,8 @@ def _check(config: AdapterConfig, where: str) -> None:
         _match("head", head.name, f"{where}: head name")
         if head.scope not in backbone.fingerprints:
             raise AdapterError(f"{where}: head {head.name!r} has the scope {head.scope!r}, which has no fingerprint")
+        if not 0 <= head.classes <= MAX_DIM:
+            raise AdapterError(f"{where}: classes of head {head.name!r} is {head.classes}, expected 0 to {MAX_DIM}")
         for option, value in head.options.items():
             if isinstance(value, int) and abs(value) > MAX_OPTION:
                 raise AdapterError(f"{where}: option {option} of head {head.name!r} is {value}, above {MAX_OPTION}")

@@ -1,4 +1,4 @@
-"""Reading the inside of a frozen network: what a pass gives, what was found in it, and taps that leave no trace on it."""
+"""Reading the inside of a frozen network: what a pass gives, what was found, and taps that leave no trace on it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .errors import BackboneError
 
 NO_LINEAR = (
-    "Heads that need no classifier (kappa, temperature) work as they are; others can train a linear classifier of their own on the "
-    "stored features."
+    "Heads that need no classifier (kappa, temperature) work as they are; others can train a linear classifier of their own "
+    "on the stored features."
 )
 _LOCAL = threading.local()  # the running record of this thread: two threads on one backbone do not mix
 
@@ -23,8 +24,8 @@ _LOCAL = threading.local()  # the running record of this thread: two threads on 
 class BackboneOutput(NamedTuple):
     """What one pass of a backbone gives for B images.
 
-    embedding: [B, D], pooled, before the classifier. penultimate: [B, P], the input of the one last linear layer, None where
-    there is no single linear classifier. logits: [B, C], exactly what the network itself gives, None without a classifier.
+    embedding: [B, D], pooled, before the classifier. penultimate: [B, P], the input of the one last linear layer; None
+    where there is no single linear classifier. logits: [B, C], what the network itself gives; None without a classifier.
     """
 
     embedding: Tensor
@@ -36,9 +37,10 @@ class BackboneOutput(NamedTuple):
 class Structure:
     """What a probe batch told about a network.
 
-    kind: "linear" (logits = linear(embedding)), "deep linear" (more layers before the last linear one), "1x1 convolution",
-    "two classifiers", "other" or "none". linear: the one linear classifier. own: names of the modules whose parameters
-    belong to the classifier alone (the embedding does not depend on them).
+    kind: "linear" (logits = linear(embedding)), "deep linear" (more layers before the last linear one), "1x1
+    convolution", "several classifiers", "other" or "none". linear: the one linear classifier. own: names of the modules
+    whose parameters belong to the classifier alone, so that the embedding does not depend on them. refusal: why there is
+    no one linear classifier, and what to do.
     """
 
     embedding_dim: int
@@ -71,11 +73,11 @@ def _keep(
 
 
 def tapped(module: nn.Module, layers: Mapping[str, nn.Module], copies: bool = False) -> nn.Module:
-    """A twin of `module` that shares every parameter, buffer and untapped part, and whose `layers` tell `record` of each call.
+    """A twin of `module` that shares its parameters and buffers, and whose `layers` tell `record` of each call.
 
-    Only the modules on the way to a tapped layer are copied (shallowly), so the module itself carries no hook, before, during
-    or after a pass; the twin follows moves to another device and in-place changes of the weights, and can be deep-copied together with
-    the module, compiled and exported. copies: record copies, which later in-place operations of the network do not change.
+    Only the modules on the way to a tapped layer are copied (shallowly), so `module` itself never carries a hook. The twin
+    follows moves to another device and in-place changes of the weights, and can be deep-copied together with the module,
+    compiled and exported. copies: record copies, which later in-place operations of the network do not change.
     """
     names = {layer: name for name, layer in layers.items()}
     twins: dict[nn.Module, nn.Module] = {}
@@ -90,7 +92,7 @@ def tapped(module: nn.Module, layers: Mapping[str, nn.Module], copies: bool = Fa
         other = copy.copy(part)
         other.__dict__["_modules"] = children
         if part in names:
-            for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+            for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs"):
                 other.__dict__[hooks] = copy.copy(part.__dict__[hooks])
             other.register_forward_hook(partial(_keep, names[part], copies), with_kwargs=True)
         twins[part] = other
@@ -100,7 +102,7 @@ def tapped(module: nn.Module, layers: Mapping[str, nn.Module], copies: bool = Fa
 
 
 def record(run: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, Call]]:
-    """`run(*args)` and the last call of every tapped layer in it, by the layer's name."""
+    """`run(*args)`, and the last call of every tapped layer in it by the layer's name."""
     outer = getattr(_LOCAL, "calls", None)
     calls: dict[str, Call] = {}
     _LOCAL.calls = calls
@@ -117,6 +119,12 @@ def same_tensor(a: Any, b: Any) -> bool:
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two results of the same computation agree to rounding, in the precision they were computed in."""
+    tolerance = 100 * torch.finfo(b.dtype).eps
+    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
 def pooled(features: Tensor, what: str) -> Tensor:
     """[B, D] from [B, D], from maps [B, D, H, W] (mean over H and W) or from tokens [B, T, D] (mean over all tokens).
 
@@ -129,13 +137,13 @@ def pooled(features: Tensor, what: str) -> Tensor:
     if features.ndim == 3:
         return features.mean(1)
     raise BackboneError(
-        f"{what} gives a tensor of shape {tuple(features.shape)}; an embedding is [B, D], maps [B, D, H, W] or tokens [B, T, D]. "
-        "Name another layer in feature_layer=."
+        f"{what} gives a tensor of shape {tuple(features.shape)}; an embedding is [B, D], maps [B, D, H, W] or tokens "
+        "[B, T, D]. Name another layer in feature_layer=."
     )
 
 
 def as_linear(layer: nn.Linear | nn.Conv2d) -> nn.Linear:
-    """The layer itself, or the linear layer that a 1x1 convolution on pooled maps is (it shares the convolution's memory)."""
+    """The layer itself, or the linear layer that a 1x1 convolution on pooled maps is (it shares the memory)."""
     if isinstance(layer, nn.Linear):
         return layer
     classes, width = layer.weight.shape[:2]

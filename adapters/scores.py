@@ -59,6 +59,18 @@ class HeldOutScores(nn.Module):
             self.register_buffer(name, value.to(self.quantiles.device))
         return self
 
+    def summary(self) -> dict[str, float | int]:
+        """How many held-out scores there were, and their 0, 5, 50, 95 and 100 % quantiles."""
+        places = {"min": 0, "q05": 50, "median": 500, "q95": 950, "max": LEVELS}
+        return {"rows": int(self.rows), **{name: float(self.quantiles[place]) for name, place in places.items()}}
+
+    def check(self) -> None:
+        """Raises DataError unless the buffers can have come from `fit` (they may come from a stranger's file)."""
+        n, counts = int(self.rows), self.accepted
+        steps = (self.quantiles.diff(), counts.diff(), n - counts, counts - self.errors)
+        if n < 1 or int(counts[0]) < 1 or any(bool((step < 0).any()) for step in steps):
+            raise DataError("the held-out scores are not what a fit stores: quantiles must rise, counts must fit them")
+
     def percentile(self, uncertainty: Tensor) -> Tensor:
         """Percent of the held-out scores not above `uncertainty` [...]: float32 in 0..100, rounded down to 0.1."""
         quantiles = self.quantiles.float()

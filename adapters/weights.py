@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -40,6 +41,13 @@ def tensor_fingerprint(tensors: Mapping[str, Tensor]) -> str:
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
     return digest.hexdigest()
+
+
+def weights_state(tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """A cheap mark that changes whenever a weight does: the version counter misses edits through `.data`, the sums do not."""
+    keys = tuple((name, value.data_ptr(), value._version, value.dtype) for name, value in tensors.items())
+    sums = [value.detach().sum(dtype=torch.float64).cpu() for value in tensors.values()]
+    return keys, tuple(torch.stack(sums).tolist()) if sums else ()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:

@@ -22,10 +22,10 @@ from posthoc.adapters.errors import AdapterError, PosthocError
 
 def example(weights: WeightsConfig | None = None) -> AdapterConfig:
     return AdapterConfig(
-        backbone=BackboneConfig("timm", "resnet18.a1_in1k", {"embedding": "a" * 64}, 512, 512, 1000),
+        backbone=BackboneConfig("timm", "resnet18.a1_in1k", {"embedding": "a" * 64}, 512, 512, 1000, "pretrained"),
         heads=[
-            HeadConfig("kappa", "aleatoric", "embedding", {"projection": 16, "calibrate": True}, {"rows": 10}),
-            HeadConfig("loss", "decision", "embedding", {}, {"rows": 10, "median": 0.5}, {"seconds": 1.5}),
+            HeadConfig("kappa", "aleatoric", "embedding", 10, {"projection": 16, "calibrate": True}, {"rows": 10}),
+            HeadConfig("loss", "decision", "embedding", 10, {}, {"rows": 10, "median": 0.5}, {"seconds": 1.5}),
         ],
         weights=weights or WeightsConfig(100, "b" * 64),
         preprocessing={"input_size": [3, 224, 224], "mean": [0.485, 0.456, 0.406]},
@@ -224,6 +224,6 @@ def test_the_card_states_the_facts() -> None:
         "base_model: timm/resnet18.a1_in1k",
     ):
         assert fact in card
-    own = dataclasses.replace(example(), backbone=BackboneConfig("module", "Tiny", {"embedding": "a" * 64}, 8, 8, 0))
+    own = dataclasses.replace(example(), backbone=BackboneConfig("module", "Tiny", {"embedding": "a" * 64}, 8, 8, 0, "as given"))
     assert "backbone=your_model" in render_card(own)
     assert "base_model" not in render_card(own)

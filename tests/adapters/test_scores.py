@@ -138,6 +138,25 @@ def test_scores_must_be_there_and_finite() -> None:
         HeldOutScores().fit(torch.tensor([1.0, torch.nan]))
 
 
+def test_what_no_fit_stores_is_refused(generator: torch.Generator) -> None:
+    for name, change in (("quantiles", -1), ("accepted", -1), ("accepted", 10**6), ("rows", 0), ("errors", 10**6)):
+        held_out = HeldOutScores().fit(*risky(100, 0.5, generator))
+        held_out.check()
+        buffer = getattr(held_out, name)
+        buffer.copy_(buffer.flip(0) if name == "quantiles" else torch.full_like(buffer, change))
+        with pytest.raises(DataError, match="not what a fit stores"):
+            held_out.check()
+
+
+def test_the_summary_tells_the_range(generator: torch.Generator) -> None:
+    scores = draw(777, generator)
+    summary = HeldOutScores().fit(scores).summary()
+    assert summary["rows"] == 777
+    assert summary["min"] == scores.min()
+    assert summary["max"] == scores.max()
+    assert summary["median"] == scores.median()
+
+
 def test_survives_safetensors_identically(tmp_path: Path, generator: torch.Generator) -> None:
     held_out = HeldOutScores().fit(*risky(1234, 0.4, generator))
     save_file(held_out.state_dict(), tmp_path / "scores.safetensors")

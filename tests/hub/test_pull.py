@@ -25,8 +25,8 @@ OLD, NEW = "1" * 40, "2" * 40
 
 def config_of(weights: WeightsConfig) -> AdapterConfig:
     return AdapterConfig(
-        backbone=BackboneConfig("module", "Tiny", {"embedding": "a" * 64}, 8, 8, 0),
-        heads=[HeadConfig("kappa", "aleatoric", "embedding", {}, {"rows": 10})],
+        backbone=BackboneConfig("module", "Tiny", {"embedding": "a" * 64}, 8, 8, 0, "as given"),
+        heads=[HeadConfig("kappa", "aleatoric", "embedding", 0, {}, {"rows": 10})],
         weights=weights,
         preprocessing={},
         data={},

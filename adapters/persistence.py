@@ -1,0 +1,261 @@
+"""A model to an adapter on disk, and back onto its backbone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .backbone import Backbone, build_backbone
+from .card import render_card
+from .config import AdapterConfig, BackboneConfig, HeadConfig, WeightsConfig
+from .distributed import check_launch
+from .errors import AdapterError, BackboneError, PosthocError, suggest
+from .files import read_config, read_weights, replace_file, write_adapter
+from .heads import HEADS, FeatureDims, Head, make_head
+from .scores import HeldOutScores
+
+if TYPE_CHECKING:
+    from .model import UncertainModel
+
+HELD_OUT = "held_out"  # the scores of HEAD are the tensors HEAD.held_out.NAME
+LIBRARIES = ("posthoc", "torch", "torchvision", "timm", "numpy", "safetensors")
+
+
+def save(model: UncertainModel, folder: str | os.PathLike[str]) -> Path:
+    """See `UncertainModel.save_pretrained`."""
+    return write_adapter(folder, _tensors(model), lambda weights: _describe(model, weights), render_card)
+
+
+def _tensors(model: UncertainModel) -> dict[str, Tensor]:
+    """Every tensor of the adapter by its name in the file, sharing memory with the model's."""
+    tensors: dict[str, Tensor] = {}
+    for name, head, scores in model.each_head():
+        tensors |= {f"{name}.{key}": value for key, value in head.state_dict().items()}
+        tensors |= {f"{name}.{HELD_OUT}.{key}": value for key, value in scores.state_dict().items()}
+    return tensors
+
+
+def _describe(model: UncertainModel, weights: WeightsConfig) -> AdapterConfig:
+    backbone = model.backbone
+    scopes = sorted({head.scope for _, head, _ in model.each_head()})
+    return AdapterConfig(
+        backbone=BackboneConfig(
+            source=backbone.source,
+            name=backbone.name,
+            fingerprints={scope: backbone.fingerprint(scope) for scope in scopes},
+            embedding_dim=backbone.embedding_dim,
+            penultimate_dim=backbone.penultimate_dim,
+            num_classes=backbone.num_classes,
+            weights=backbone.weights,
+            revision=backbone.revision,
+            feature_layer=backbone.feature_layer,
+            classifier_layer=backbone.classifier_layer,
+        ),
+        heads=[_describe_head(head, scores, model.report[name]) for name, head, scores in model.each_head()],
+        weights=weights,
+        preprocessing=plain(model.fitted_on["preprocessing"]),
+        data=plain(model.fitted_on["data"]),
+        fit=plain(model.fitted_on["fit"]),
+        versions=_versions(),
+    )
+
+
+def _describe_head(head: Head, scores: HeldOutScores, report: dict[str, Any]) -> HeadConfig:
+    return HeadConfig(
+        name=head.name,
+        kind=head.kind,
+        scope=head.scope,
+        classes=head.require_built().classes,
+        options=head.config(),
+        held_out=scores.summary(),
+        report=plain({key: value for key, value in report.items() if key != "held_out"}),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: NumPy and torch numbers and arrays by value, what is not finite as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def write_run(folder: Path | None, name: str, content: Any) -> None:
+    """Write one JSON file of a run, from the main process; nothing without a folder."""
+    if folder is None:
+        return
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / name, (json.dumps(plain(content), indent=2) + "\n").encode())
+
+    try:
+        check_launch().on_main(write)
+    except OSError as error:
+        raise PosthocError(f"cannot write {folder / name}: {error}") from error
+
+
+def load(cls: type[UncertainModel], folder: Path, backbone: str | nn.Module | Backbone | None) -> UncertainModel:
+    """See `posthoc.load`. Heads are built only after the backbone was found to be the right one."""
+    config = read_config(folder)
+    for described in config.heads:
+        if described.name not in HEADS:
+            raise AdapterError(
+                f"{folder}: this posthoc has no head {described.name!r}: {suggest(described.name, HEADS)}"
+            )
+    tensors = read_weights(folder, config.weights)
+    frozen = _attach(config, backbone, folder)
+    dims = {h.name: FeatureDims(frozen.embedding_dim, config.backbone.penultimate_dim, h.classes) for h in config.heads}
+    heads = [_build(described, dims[described.name], config.weights.bytes, folder) for described in config.heads]
+    model = cls(frozen, heads)
+    _fill(model, tensors, folder)
+    model.report = {head.name: {**head.report, "held_out": head.held_out} for head in config.heads}
+    model.fitted_on = {"data": config.data, "fit": config.fit, "preprocessing": config.preprocessing}
+    model.fitted_heads.update(model.heads)
+    return model
+
+
+def _attach(config: AdapterConfig, backbone: str | nn.Module | Backbone | None, folder: Path) -> Backbone:
+    described = config.backbone
+    if backbone is None and described.source == "module":
+        raise AdapterError(
+            f"{folder} was fitted on a module of your own ({described.name}), which an adapter cannot name: give it with "
+            "load(..., backbone=your_model)"
+        )
+    frozen = build_backbone(
+        _address(described) if backbone is None else backbone,
+        feature_layer=described.feature_layer,
+        classifier_layer=described.classifier_layer,
+    )
+    _look(frozen, config.preprocessing)
+    for scope, expected in described.fingerprints.items():
+        found = frozen.fingerprint(scope)
+        if found != expected:
+            raise BackboneError(
+                f"{folder} was fitted on {described.name} with the fingerprint {expected} ({scope}); this backbone, "
+                f"{frozen.name}, has {found}. Give the weights it was fitted on with load(..., backbone=...), or fit the "
+                "adapter again on these."
+            )
+    widths = (described.embedding_dim, frozen.embedding_dim)
+    if widths[0] != widths[1]:
+        raise AdapterError(f"{folder}: its config says embedding_dim {widths[0]}, the backbone has {widths[1]}")
+    _check_preprocessing(config.preprocessing, frozen.preprocessing, folder)
+    return frozen
+
+
+def _address(described: BackboneConfig) -> str:
+    if described.source == "timm":
+        return described.name
+    name = described.name if described.name.startswith("hf-hub:") else f"hf-hub:{described.name}"
+    return name if described.revision is None else f"{name}@{described.revision}"
+
+
+def _look(backbone: Backbone, preprocessing: dict[str, Any]) -> None:
+    """Show a network without a transform one batch of noise of the size it was fitted with: its parts are found so."""
+    size = preprocessing.get("input_size")
+    if backbone.transform is None and _is_size(size):
+        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            backbone(images.to(backbone.device, backbone.dtype))
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, list) and len(size) == 3 and all(type(n) is int and 1 <= n <= 2048 for n in size)
+
+
+def _check_preprocessing(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    now = plain(now)
+    changed = [
+        name for name in ("input_size", "mean", "std") if name in then and then[name] != now.get(name, then[name])
+    ]
+    if changed:
+        told = "; ".join(f"{name} {then[name]}, now {now[name]}" for name in changed)
+        warnings.warn(
+            f"{folder} was fitted with another preprocessing than this backbone's ({told}): scores may shift",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+class _Budget(TorchDispatchMode):
+    """Refuses to build tensors of more bytes than an adapter's file can fill: a config's numbers are not trusted."""
+
+    def __init__(self, limit: int, where: str) -> None:
+        super().__init__()
+        self.left, self.where = limit, where
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.left -= sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        if self.left < 0:
+            raise AdapterError(f"{self.where}: the head's options ask for far larger tensors than its file holds")
+        return result
+
+
+def _build(described: HeadConfig, dims: FeatureDims, file_bytes: int, folder: Path) -> Head:
+    where = f"{folder}: head {described.name!r}"
+    try:
+        with torch.random.fork_rng(devices=[]), _Budget(16 * file_bytes + 2**24, where):
+            head = make_head(described.name, **described.options)
+            head.build(dims)
+    except AdapterError:
+        raise
+    except (PosthocError, TypeError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
+        raise AdapterError(f"{where} cannot be built from its options {described.options}: {error}") from error
+    if (head.kind, head.scope) != (described.kind, described.scope):
+        raise AdapterError(
+            f"{where} is of kind {head.kind!r} and scope {head.scope!r}, its config says {described.kind!r} and "
+            f"{described.scope!r}"
+        )
+    return head
+
+
+def _fill(model: UncertainModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    targets = _tensors(model)
+    missing, unknown = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
+    if missing or unknown:
+        raise AdapterError(
+            f"{folder}: the weights do not fit the config: missing {missing[:3]}, unknown {unknown[:3]} "
+            f"({len(missing)} and {len(unknown)} tensors)"
+        )
+    for name, target in targets.items():
+        found = tensors[name]
+        if found.shape != target.shape or found.dtype != target.dtype:
+            raise AdapterError(
+                f"{folder}: the tensor {name!r} is {found.dtype} {list(found.shape)}, expected {target.dtype} "
+                f"{list(target.shape)}"
+            )
+    for name, head, scores in model.each_head():
+        of_head = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        of_scores = {key: of_head.pop(f"{HELD_OUT}.{key}") for key in scores.state_dict()}
+        head.load_state_dict(of_head)
+        scores.load_state_dict(of_scores)
+        try:
+            scores.check()
+        except PosthocError as error:
+            raise AdapterError(f"{folder}: head {name!r}: {error}") from error
