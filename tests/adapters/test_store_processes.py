@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from posthoc.adapters.distributed import check_launch
-from posthoc.adapters.errors import PosthocError
+import torch
+from posthoc.adapters.backbone import build_backbone
+from posthoc.adapters.errors import DataError, PosthocError
 from posthoc.adapters.features import Features
 from posthoc.adapters.store import Store, list_stores
+from torch import nn
 
-# One extraction as a program: 1000 images in chunks of 512 and 488, or of 512 over two processes, passes of 64.
-PROGRAM = '''
-import json, os, signal, sys, time
+# One extraction as a program: 1000 images in passes of 64, 16 in all, in two chunks of 512 and 488 rows.
+PROGRAM = """
+import json, os, pathlib, signal, sys, time
 import numpy as np, torch
 from torch import nn
 from posthoc.adapters.backbone import build_backbone
@@ -45,11 +47,18 @@ def transform(image):
 
 images = np.random.default_rng(0).integers(0, 256, (1000, 8, 8, 3), dtype=np.uint8)
 model = Small()
-backbone = build_backbone(model)
-backbone.transform = transform
-features = backbone.extract((images, np.arange(1000) % 4), cache_dir=folder, progress=options.get("progress", False))
-print(json.dumps({"passes": len(model.passes), "folder": str(features.folder), "rows": len(features)}))
-'''
+backbone = build_backbone(model, transform=transform)
+model.passes.clear()  # the probe's
+if "meet" in options:  # two programs start their extraction at the same time
+    pathlib.Path(f"ready-{os.getpid()}").touch()
+    while len(list(pathlib.Path().glob("ready-*"))) < options["meet"]:
+        time.sleep(0.01)
+features = backbone.extract((images, np.arange(1000) % 4), cache_dir=folder)
+said = {"passes": len(model.passes), "folder": str(features.folder), "rows": len(features)}
+print(json.dumps(said), flush=True)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
 
 
 def start(folder: Path, launcher: tuple[str, ...] = (), **options: Any) -> subprocess.Popen[str]:
@@ -57,50 +66,69 @@ def start(folder: Path, launcher: tuple[str, ...] = (), **options: Any) -> subpr
     program.write_text(PROGRAM)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *launcher, str(program), str(folder), json.dumps(options)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder.parent
-    )
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, cwd=folder.parent)
 
 
-def answers(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    """What the program (or each process of its launch) said at its end."""
+def ended(process: subprocess.Popen[str]) -> tuple[list[dict[str, Any]], str]:
+    """What the program (each process of its launch) said at its end, and its stderr."""
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")], errors
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Features:
-    """The store of one undisturbed process."""
-    folder = tmp_path_factory.mktemp("alone") / "store"
-    (said,) = answers(start(folder))
-    assert said["rows"] == 1000
+    """What one undisturbed process stores."""
+    ((said,), _) = ended(start(tmp_path_factory.mktemp("alone") / "store"))
+    assert (said["rows"], said["passes"]) == (1000, 16)
     return Features.load(said["folder"])
 
 
-def assert_same(features: Features, other: Features) -> None:
+def assert_same(folder: str, other: Features) -> None:
+    features = Features.load(folder)
     for name in ("embedding", "penultimate", "logits", "label", "row"):
         np.testing.assert_array_equal(getattr(features, name), getattr(other, name), err_msg=name)
 
 
-def test_killed_half_way_the_next_run_goes_on(alone: Features, tmp_path: Path) -> None:
+def test_after_a_kill_two_runs_at_once_go_on_together(alone: Features, tmp_path: Path) -> None:
     folder = tmp_path / "store"
     killed = start(folder, killed_in_pass=12)
     killed.communicate(timeout=240)
     assert killed.returncode == -signal.SIGKILL
     (info,) = list_stores(folder)
-    assert not info.complete
     store = Store(folder, info.key)
+    assert not info.complete
     assert store.chunks() == [0]
-    with pytest.raises(PosthocError, match="not a complete feature store"):
+    with pytest.raises(DataError, match="not a complete feature store"):
         Features.load(store.partial)
-    kept = store.chunk_path(0).stat()
-    first, second = start(folder, slow=0.05), start(folder, slow=0.05, progress=True)  # and both at once
-    (one,), (two,) = answers(first), answers(second)
-    assert sorted([one["passes"], two["passes"]]) == [1, 9], "8 of 16 passes were kept; one program only reads"
-    assert kept.st_size > 0
-    assert one["folder"] == two["folder"]
-    assert_same(Features.load(one["folder"]), alone)
+
+    runs = [ended(run) for run in [start(folder, slow=0.1, meet=2) for _ in range(2)]]
+    said = [lines[0] for lines, _ in runs]
+    assert sorted(one["passes"] for one in said) == [0, 8], "8 of 16 passes were kept, and one of the two only reads"
+    assert sum("waiting: another process extracts the same features" in errors for _, errors in runs) == 1
+    for one in said:
+        assert_same(one["folder"], alone)
     assert not store.partial.exists()
-'''
-'''
+
+
+def test_two_processes_of_a_launch_share_the_work(alone: Features, tmp_path: Path) -> None:
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    said, _ = ended(start(tmp_path / "store", launcher))
+    assert [one["passes"] for one in said] == [8, 8]
+    assert [one["rows"] for one in said] == [1000, 1000]
+    assert_same(said[0]["folder"], alone)
+    assert len(list_stores(tmp_path / "store")) == 1
+
+
+def test_a_launch_that_accelerate_does_not_see_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = build_backbone(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PosthocError, match=r"WORLD_SIZE is 2.*ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"):
+        backbone.extract(images, cache_dir=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert len(backbone.extract(images, cache_dir=tmp_path / "store", progress=False)) == 4
