@@ -27,13 +27,13 @@ __all__ = ["Backbone", "BackboneOutput", "build_backbone"]
 class Backbone(nn.Module):
     """A frozen network; build it with `build_backbone`.
 
-    `module` is frozen in place: eval mode, no parameter requires a gradient, and its weights and buffers never change by
-    a bit; gradients with respect to the images still flow. `train()` leaves it in eval mode.
+    `module` is frozen in place: eval mode, no parameter requires a gradient, and its weights and buffers never change
+    by a bit; gradients with respect to the images still flow. `train()` leaves it in eval mode.
 
     source: "timm", "hub" or "module". name: timm name with tag, hub id, or class name. weights: "pretrained",
     "checkpoint", "random" or "as given". transform: PIL -> [3,H,W], None if unknown. preprocessing: its settings,
-    JSON-able. A network of unknown input size that accepts no probe is read at its first batch; until then its dimensions
-    raise BackboneError.
+    JSON-able. A network of unknown input size that accepts no probe is read at its first batch; until then its
+    dimensions raise BackboneError.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class Backbone(nn.Module):
         """What the probe found. Raises BackboneError where only a first batch can tell."""
         if self._reader is None:
             raise BackboneError(
-                f"the dimensions of {self.name} are not known before its first batch: it accepted no probe, or they follow "
-                "the image size. Call it once on a batch, or wrap it with a transform= that gives images of one size."
+                f"the dimensions of {self.name} are not known before its first batch: it accepted no probe, or they "
+                "follow the image size. Call it once on a batch, or wrap it with a transform= that gives one size."
             )
         return self._reader.structure
 
@@ -98,10 +98,12 @@ class Backbone(nn.Module):
         return self.structure.num_classes
 
     def forward(self, images: Tensor) -> BackboneOutput:
-        """Preprocessed images [B,3,H,W] in one pass: embedding [B,D], penultimate [B,P] or None, logits [B,C] or None."""
+        """One pass over preprocessed images [B,3,H,W]; see `BackboneOutput`. Raises DataError for other shapes."""
         if not isinstance(images, Tensor) or images.ndim != 4:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise DataError(f"a backbone takes preprocessed images [B,3,H,W], but {found} was given; `prepare` makes them.")
+            raise DataError(
+                f"a backbone takes preprocessed images [B,3,H,W], but {found} was given; `prepare` makes them."
+            )
         if self._reader is None:
             if torch.compiler.is_compiling():
                 raise BackboneError(f"call {self.name} once on a batch before compiling it.")
@@ -136,9 +138,9 @@ class Backbone(nn.Module):
     def prepare(self, images: Any) -> Tensor:
         """Images as the network takes them: [B,3,H,W] on its device and in its dtype.
 
-        PIL images and uint8 images ([B,H,W,3], [B,H,W], [H,W,3], [B,3,H,W], lists) go through `transform`. Float tensors
-        [B,3,H,W] are taken as preprocessed; they are checked, with a UserWarning if the normalisation seems to be missing.
-        Raises DataError.
+        PIL images and uint8 images ([B,H,W,3], [B,H,W], [H,W,3], [B,3,H,W], lists) go through `transform`. Float
+        tensors [B,3,H,W] are taken as preprocessed; they are checked, with a UserWarning if the normalisation seems
+        to be missing. Raises DataError.
         """
         if is_ready(images):
             batch = ready_batch(images)
@@ -148,17 +150,17 @@ class Backbone(nn.Module):
         return batch.to(device=self.device, dtype=self.dtype)
 
     def classifier(self) -> nn.Linear:
-        """The one linear classifier: `classifier()(penultimate) == logits`. Raises BackboneError saying why there is none."""
+        """The one linear classifier: `classifier()(penultimate) == logits`. BackboneError says why there is none."""
         structure = self.structure
         if structure.linear is None:
             raise BackboneError(f"{self.name}: {structure.refusal}")
         return as_linear(structure.linear)
 
     def fingerprint(self, scope: str = "embedding") -> str:
-        """SHA-256 (hex) over names, shapes, dtypes and bytes of the weights and persistent buffers an adapter depends on.
+        """SHA-256 (hex) over names, shapes, dtypes and bytes of the weights and buffers an adapter depends on.
 
-        scope "embedding" leaves out the classifier's own weights, "logits" takes all. The same on every device, for every
-        memory layout, and after saving and loading. Raises OptionError for another scope.
+        scope "embedding" leaves out the classifier's own weights, "logits" takes all. The same on every device, for
+        every memory layout, and after saving and loading. Raises OptionError for another scope.
         """
         if scope not in ("embedding", "logits"):
             raise OptionError(f"fingerprint scope {scope!r} is unknown; expected 'embedding' or 'logits'.")
@@ -231,10 +233,10 @@ def build_backbone(
 ) -> Backbone:
     """A frozen backbone from a timm name, a hub id ("hf-hub:..."), any nn.Module, or a Backbone (returned as it is).
 
-    checkpoint: local weights (.safetensors, or .pth read with `weights_only=True`), loaded strictly. transform: PIL image
-    -> float [3,H,W]; overrides timm's. feature_layer, classifier_layer: dotted names, where embedding and classifier
-    cannot be told; `classifier_layer=False`: the output is the embedding. device: None leaves the network where it is. A
-    module given is frozen in place: eval mode, no parameter requires a gradient. Raises BackboneError.
+    checkpoint: local weights (.safetensors, or .pth read with `weights_only=True`), loaded strictly. transform: PIL
+    image -> float [3,H,W]; overrides timm's. feature_layer, classifier_layer: dotted names, where embedding and
+    classifier cannot be told; `classifier_layer=False`: the output is the embedding. device: None leaves the network
+    where it is. A module given is frozen in place: eval mode, no parameter requires a gradient. Raises BackboneError.
     """
     if isinstance(backbone, Backbone):
         _refuse_changes(backbone, checkpoint, transform, feature_layer, classifier_layer)
@@ -247,7 +249,7 @@ def build_backbone(
             load_strictly(module, read_checkpoint(checkpoint), checkpoint, type(module).__name__)
     else:
         raise BackboneError(
-            f"a backbone of type {type(backbone).__name__} was given; expected a timm name, 'hf-hub:ID' or an nn.Module."
+            f"a backbone of type {type(backbone).__name__} was given; expected a timm name, 'hf-hub:ID' or nn.Module."
         )
     weights = "checkpoint" if checkpoint is not None else "as given"
     if isinstance(backbone, str) and checkpoint is None:

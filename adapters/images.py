@@ -25,9 +25,10 @@ _CHANNELS = (1, 3, 4)
 def to_pil(image: Any) -> Image.Image:
     """One image as PIL RGB.
 
-    Takes PIL images of any mode but float, and arrays or tensors [H,W], [H,W,C] or [C,H,W] (C: 1, 3 or 4) of uint8, uint16
-    or bool. 16-bit grey is scaled by its full range (65535 becomes 255); transparent images are composited on white; the
-    orientation tag of a photo is not applied (nor do torchvision and timm). Raises DataError for anything else.
+    Takes PIL images of any mode but float, and arrays or tensors [H,W], [H,W,C] or [C,H,W] (C: 1, 3 or 4) of uint8,
+    uint16 or bool. 16-bit grey is scaled by its full range (65535 becomes 255); transparent images are composited on
+    white; the orientation tag of a photo is not applied (nor do torchvision and timm). Raises DataError for anything
+    else.
     """
     return _pil_to_rgb(image) if isinstance(image, Image.Image) else _array_to_rgb(_as_numpy(image))
 
@@ -58,7 +59,9 @@ def _pil_to_rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
     if values.size and (values.min() < 0 or values.max() > 65535):
-        raise DataError(f"an image with values {values.min()}..{values.max()} was given; expected 16-bit grey, 0..65535.")
+        raise DataError(
+            f"an image with values {values.min()}..{values.max()} was given; expected 16-bit grey, 0..65535."
+        )
     return np.round(values / 257.0).astype(np.uint8)
 
 
@@ -124,8 +127,8 @@ def ready_batch(images: Any) -> Tensor:
 def check_ready(batch: Tensor, preprocessing: dict[str, Any]) -> None:
     """Checks float images against what the backbone expects.
 
-    DataError for a wrong shape, for a size other than a fixed one, for NaN and infinity; UserWarning when the values show
-    that a normalisation is missing. While compiling or exporting only the shape is checked.
+    DataError for a wrong shape, for a size other than a fixed one, for NaN and infinity; UserWarning when the values
+    show that a normalisation is missing. While compiling or exporting only the shape is checked.
     """
     channels, *size = preprocessing.get("input_size") or (None,)
     if batch.ndim != 4 or channels not in (None, batch.shape[1]):
@@ -135,8 +138,8 @@ def check_ready(batch: Tensor, preprocessing: dict[str, Any]) -> None:
         )
     if preprocessing.get("fixed_input_size") and list(batch.shape[2:]) != size:
         raise DataError(
-            f"float images of {batch.shape[2]}x{batch.shape[3]} pixels were given; this backbone takes {size[0]}x{size[1]} "
-            "only. Resize them, or give PIL or uint8 images: its own preprocessing resizes those."
+            f"float images of {batch.shape[2]}x{batch.shape[3]} pixels were given; this backbone takes "
+            f"{size[0]}x{size[1]} only. Resize them, or give PIL or uint8 images: its own preprocessing resizes those."
         )
     if torch.compiler.is_compiling() or batch.numel() == 0:
         return
@@ -149,16 +152,16 @@ def check_ready(batch: Tensor, preprocessing: dict[str, Any]) -> None:
     brightest = max((1 - m) / s for m, s in zip(mean, std, strict=True))
     if 0 <= low < high <= 1 or (low >= 0 and high > 10 * max(brightest, 1)):
         warnings.warn(
-            f"float images are taken as preprocessed, but all values lie in [{low:.4g}, {high:.4g}] while this backbone "
-            f"expects images normalised by mean {mean} and std {std}: the normalisation seems to be missing. Normalise "
-            "them, or give PIL or uint8 images.",
+            f"float images are taken as preprocessed, but all values lie in [{low:.4g}, {high:.4g}] while this "
+            f"backbone expects images normalised by mean {mean} and std {std}: the normalisation seems to be missing. "
+            "Normalise them, or give PIL or uint8 images.",
             UserWarning,
             stacklevel=3,
         )
 
 
 def apply_transform(transform: Transform, images: Sequence[Any]) -> Tensor:
-    """[B,C,H,W]: every image, as PIL RGB, through `transform`. Raises DataError if that gives no equal tensors [C,H,W]."""
+    """[B,C,H,W]: every image, as PIL RGB, through `transform`. Raises DataError if that gives no equal [C,H,W]."""
     if not images:
         raise DataError("an empty list of images was given.")
     tensors = [transform(to_pil(image)) for image in images]
@@ -193,8 +196,9 @@ def transform_settings(transform: Transform, made: Tensor, known: dict[str, Any]
 def simclr_augmentation(size: int) -> transforms.Compose:
     """SimCLR's augmentation of a PIL image, giving size x size pixels (Chen et al. 2020, appendix A).
 
-    Crop of 20 to 100 % of the area; flip; colour jitter (.4, .4, .4, .1) with probability .8; grey with .2; blur with .5
-    (kernel of a tenth of `size`, sigma .1 to 2). Random by torch's global generator: fork and seed it to repeat a view.
+    Crop of 20 to 100 % of the area; flip; colour jitter (.4, .4, .4, .1) with probability .8; grey with .2; blur with
+    .5 (kernel of a tenth of `size`, sigma .1 to 2). Random by torch's global generator: fork and seed it to repeat a
+    view.
     """
     kernel = max(3, size // 10 | 1)
     return transforms.Compose(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BackboneError
-from .reading import NO_LINEAR, BackboneOutput, Call, Structure, pooled, record, same_tensor, tapped
+from .reading import NO_LINEAR, BackboneOutput, Call, Structure, close, pooled, record, same_tensor, tapped
 
 _EMBEDDING_KEYS = ("image_embeds", "pooler_output", "embedding", "embeddings")  # transformers' names, then plain words
 
@@ -31,10 +31,11 @@ def find_layer(module: nn.Module, name: str, option: str) -> nn.Module:
 class ModuleReader:
     """Calls any network once and takes embedding, last-layer input and logits out of that pass.
 
-    feature_layer: dotted name of the layer whose (pooled) output is the embedding. classifier_layer: dotted name of the linear
-    layer whose output is the logits; False: there is none; None: the layer whose very output the network returns, if it is
-    linear. The embedding is the feature layer's output, else the classifier's input, else what the network returns.
-    Raises BackboneError where this cannot be told.
+    feature_layer: dotted name of the layer whose output is the embedding (maps [B,D,H,W] and tokens [B,T,D] are
+    averaged). classifier_layer: dotted name of the linear layer whose output is the logits; False: there is none;
+    None: the layer whose very output the network returns, if it is linear. The embedding is the feature layer's
+    output, else the classifier's input, else what the network returns. Raises BackboneError where this cannot be
+    told.
     """
 
     def __init__(
@@ -55,9 +56,7 @@ class ModuleReader:
         returned = _returned_tensors(output)
         self._classifier = _find_classifier(classifier_layer, returned, calls, linears)
         self._key = None if feature or self._classifier else self._embedding_key(returned, classifier_layer)
-        self._logits_key = (
-            "logits" if classifier_layer is None and self._classifier is None and "logits" in returned else None
-        )
+        self._logits_key = None if classifier_layer is False or self._classifier else self._logits(returned)
         kept = {} if self._classifier is None else {self._classifier: linears[self._classifier]}
         self._twin = tapped(module, {**kept, **feature}, copies=True)
         self.structure = self._structure(images, calls, linears, classifier_layer)
@@ -74,8 +73,10 @@ class ModuleReader:
     def _embedding_key(self, returned: dict[str, Tensor], classifier_layer: str | bool | None) -> str:
         """The key of the returned tensor that is the embedding."""
         keys = ["", *_EMBEDDING_KEYS]
-        if len(returned) == 1 and (classifier_layer is False or "logits" not in returned):
+        if len(returned) == 1 and "logits" not in returned:
             keys += list(returned)
+        if classifier_layer is False:
+            keys.append("logits")
         for key in keys:
             value = returned.get(key)
             if value is not None and (value.ndim == 2 or (value.ndim == 4 and value.shape[2:] == (1, 1))):
@@ -86,6 +87,14 @@ class ModuleReader:
             f"{type(self.module).__name__} returns {found}: which of it is the embedding [B, D] cannot be told. "
             f"Name the layer that gives it with feature_layer= (parts: {', '.join(parts[-8:])})."
         )
+
+    def _logits(self, returned: dict[str, Tensor]) -> str | None:
+        """The key of returned class scores that no single linear layer made."""
+        if "logits" in returned:
+            return "logits"
+        output, classes = returned.get(""), getattr(self.module, "num_classes", None)
+        known = self._feature is not None and output is not None and output.ndim == 2 and output.shape[1] == classes
+        return "" if known else None
 
     def _structure(
         self, images: Tensor, calls: dict[str, Call], linears: dict[str, nn.Module], classifier_layer: str | bool | None
@@ -109,25 +118,17 @@ class ModuleReader:
                 own=(self._classifier,) if alone else (),
             )
         where = self._feature or (f"output[{self._key!r}]" if self._key else "output")
-        return Structure(
-            width,
-            None,
-            classes,
-            "other" if classes else "none",
-            where,
-            refusal=self._refusal(classifier_layer, linears),
-        )
+        kind = "other" if classes else "none"
+        return Structure(width, None, classes, kind, where, refusal=self._refusal(classifier_layer, linears))
 
     def _refusal(self, classifier_layer: str | bool | None, linears: dict[str, nn.Module]) -> str:
         name = type(self.module).__name__
         if classifier_layer is False:
             return f"{name} has no classifier: classifier_layer=False was given. {NO_LINEAR}"
         last = ", ".join(list(linears)[-3:])
-        return (
-            f"{name} returns a tensor that is not the very output of a linear layer, so no classifier was recognised. "
-            f"{f'If one of its last linear layers ({last}) gives the class scores, name it with classifier_layer=. ' if last else ''}"
-            f"{NO_LINEAR}"
-        )
+        mend = f" If one of its last linear layers ({last}) gives class scores, name it in classifier_layer=."
+        why = f"no linear layer made what {name} returns, so no classifier was recognised"
+        return f"{why}. {NO_LINEAR}{mend if last else ''}"
 
     def __call__(self, images: Tensor) -> BackboneOutput:
         output, calls = record(self._twin, images)
@@ -135,7 +136,7 @@ class ModuleReader:
         if self._classifier is not None:
             penultimate, logits = calls[self._classifier]
         elif self._logits_key is not None:
-            logits = output[self._logits_key]
+            logits = output[self._logits_key] if self._logits_key else output
         if self._feature is not None:
             embedding = pooled(_first_tensor(calls[self._feature].output), f"feature_layer={self._feature!r}")
         elif penultimate is not None:
@@ -148,18 +149,14 @@ class ModuleReader:
 def _find_classifier(
     named: str | bool | None, returned: dict[str, Tensor], calls: dict[str, Call], linears: dict[str, nn.Module]
 ) -> str | None:
-    """The name of the linear classifier: the one asked for, or the one whose very output is what the network returns."""
+    """The name of the linear classifier: the one asked for, or the one whose very output the network returns."""
     if named is False:
         return None
     if isinstance(named, str):
         call = calls.get(named)
         if call is None or call.input.ndim != 2:
-            found = (
-                "is not called in a pass" if call is None else f"gets {tuple(call.input.shape)}, expected [B, features]"
-            )
-            raise BackboneError(
-                f"classifier_layer={named!r} {found}, so its output cannot be the logits; name another layer."
-            )
+            found = "is not called" if call is None else f"gets {tuple(call.input.shape)}, expected [B, features]"
+            raise BackboneError(f"classifier_layer={named!r} {found}, so it does not give logits; name another layer.")
         return named
     logits = returned.get("logits", returned.get(""))
     for name, layer in linears.items():
@@ -167,9 +164,8 @@ def _find_classifier(
         # the numbers are checked too: what the layer gave may have been changed in place afterwards
         if call is not None and same_tensor(call.output, logits) and call.input.ndim == 2:
             with torch.no_grad():
-                again = layer(call.input)
-            if torch.allclose(again, call.output, rtol=1e-4, atol=1e-5):
-                return name
+                if close(layer(call.input), call.output):
+                    return name
     return None
 
 

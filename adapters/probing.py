@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import BackboneError
 from .images import Transform, apply_transform
@@ -30,6 +31,10 @@ def read_network(
 
     Raises NotAcceptedError if the network fails on the batch, BackboneError if it cannot be told.
     """
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        raise BackboneError(
+            f"{type(module).__name__} has lazy layers without weights; run it once on a batch and load its weights."
+        )
     try:
         if is_timm(module) and feature_layer is None and classifier_layer in (None, False):
             return TimmReader(module, images, use_classifier=classifier_layer is None)
@@ -38,8 +43,8 @@ def read_network(
         raise
     except Exception as error:  # whatever the network itself raises
         raise NotAcceptedError(
-            f"{type(module).__name__} failed on a batch of shape {tuple(images.shape)} ({type(error).__name__}: {error}). "
-            "Its forward must take one batch of images; check the size and channels that transform= gives."
+            f"{type(module).__name__} failed on a batch of shape {tuple(images.shape)} ({type(error).__name__}: "
+            f"{error}). Its forward must take one batch of images; check the size and channels that transform= gives."
         ) from error
 
 
@@ -59,7 +64,7 @@ def first_reader(
 def settled_reader(
     read: Callable[[Tensor], TimmReader | ModuleReader], probes: Iterator[Tensor]
 ) -> TimmReader | ModuleReader | None:
-    """The reader on which two sizes agree, or the only size accepted; None where none is, or dimensions follow the size."""
+    """The reader on which two sizes agree, or the only size accepted; None where none is, or dimensions differ."""
     found: list[TimmReader | ModuleReader] = []
     for images in probes:
         try:
@@ -86,7 +91,7 @@ def timm_probes(preprocessing: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def transform_probe(transform: Transform) -> Tensor:
-    """Two noise images of different sizes as `transform` makes them: [2,C,H,W], or [1,C,H,W] if its size follows theirs.
+    """Two noise images of different sizes through `transform`: [2,C,H,W], or [1,C,H,W] if its size follows theirs.
 
     Raises DataError if it does not make float tensors [C,H,W] of them.
     """
@@ -96,7 +101,7 @@ def transform_probe(transform: Transform) -> Tensor:
 
 
 def free_probes(transform: Transform | None) -> Iterator[Tensor]:
-    """Batches of several sizes, for a network whose input size is unknown: through `transform`, or in colour, then grey."""
+    """Batches of several sizes, for a network of unknown input size: through `transform`, or in colour, then grey."""
     for channels in (3, 1):
         for side in _SIDES:
             if transform is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,11 @@ def create_timm(name: str, pretrained: bool, checkpoint: str | Path | None) -> n
         if classes != model.num_classes:
             model = timm.create_model(name, pretrained=False, num_classes=classes)
     except Exception as error:  # timm, huggingface_hub and urllib raise many kinds
-        fetched = state is None and pretrained or name.startswith(HUB_PREFIX)
+        fetched = (state is None and pretrained) or name.startswith(HUB_PREFIX)
         raise BackboneError(
-            f"the backbone {name!r} could not be {'fetched' if fetched else 'built'} ({type(error).__name__}: {error}). "
-            "Without a network, give a timm name with its weights in checkpoint=FILE (.safetensors or .pth), or "
-            "pretrained=False for random ones."
+            f"the backbone {name!r} could not be {'fetched' if fetched else 'built'} ({type(error).__name__}: "
+            f"{error}). Without a network, give a timm name with its weights in checkpoint=FILE (.safetensors or "
+            ".pth), or pretrained=False for random ones."
         ) from error
     if state is not None and checkpoint is not None:
         load_strictly(model, state, checkpoint, name)
@@ -108,24 +109,112 @@ class TimmReader:
 
     def __init__(self, model: Any, images: Tensor, use_classifier: bool = True) -> None:
         self.model = model
+        self._tapped: tuple[Any, str] | None = None
         linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
         owned = _owned_modules(model)
         probe: Any = tapped(model, {**owned, **linears})
         with torch.no_grad():
             features = probe.forward_features(images)
-            self._check_supported(probe, features)
-            before, used = record(lambda: probe.forward_head(features, pre_logits=True))
+            before, used = record(_before_classifier, probe, features)
+            none = Structure(
+                embedding_dim=pooled(before, _BEFORE).shape[1],
+                penultimate_dim=None,
+                num_classes=0,
+                kind="none",
+                embedding_layer=_BEFORE if before.ndim == 2 else f"mean of {_BEFORE}",
+                own=tuple(
+                    name for name in owned if name not in used
+                ),  # what runs before it is no part of the classifier
+            )
+            if not use_classifier or not model.num_classes:
+                why = "it was built with num_classes=0" if use_classifier else "classifier_layer=False was given"
+                self.structure = replace(none, refusal=f"there is no classifier: {why}. {NO_LINEAR}")
+                return
             logits, calls = record(probe.forward_head, features)
             whole = model(images)
-        if not isinstance(before, Tensor):
-            raise _no_embedding(model, f"{_BEFORE} gives a {type(before).__name__}")
-        self._direct: nn.Linear | None = None
-        self._deep: tuple[Any, str] | None = None
-        self.structure = Structure(
-            embedding_dim=pooled(before, _BEFORE).shape[1],
-            penultimate_dim=None,
-            num_classes=0,
-            kind="none",
-            embedding_layer=_BEFORE if before.ndim == 2 else f"{_BEFORE}, mean over {'tokens' if before.ndim == 3 else 'H, W'}",
-            own=tuple(name for name in owned if name not in used),  # what runs before the classifier is no part of it
+            if not (same_tensor(whole, logits) or (isinstance(whole, Tensor) and close(logits, whole))):
+                raise BackboneError(
+                    f"{type(model).__name__}: forward() is not forward_head(forward_features()), so the embedding "
+                    "cannot be told. Name the layer that gives it with feature_layer=."
+                )
+            found = replace(none, num_classes=int(logits.shape[1]))
+            self.structure = self._linear(found, linears, calls, before, logits) or self._other(found, before, logits)
+
+    def _linear(
+        self, found: Structure, linears: dict[str, nn.Linear], calls: dict[str, Call], before: Tensor, logits: Tensor
+    ) -> Structure | None:
+        """The classifier is the linear layer that made the logits."""
+        for name, layer in linears.items():
+            call = calls.get(name)
+            if call is None or not same_tensor(call.output, logits) or not close(layer(call.input), logits):
+                continue
+            direct = before.shape == call.input.shape and torch.equal(before, call.input)
+            if not direct:
+                self._tapped = tapped(self.model, {name: layer}), name
+            return replace(
+                found,
+                penultimate_dim=int(call.input.shape[1]),
+                kind="linear" if direct else "deep linear",
+                linear=layer,
+                linear_name=name,
+                own=tuple(dict.fromkeys((*found.own, name))),
+            )
+        return None
+
+    def _other(self, found: Structure, before: Tensor, logits: Tensor) -> Structure:
+        """The logits come from a 1x1 convolution, from several classifiers, or from something else."""
+        names = _classifier_names(self.model)
+        layer = dict(self.model.named_modules()).get(names[0]) if len(names) == 1 else None
+        pointwise = (
+            isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1 and before.ndim == 2
         )
+        if pointwise and close(as_linear(layer)(before), logits):
+            width = found.embedding_dim
+            return replace(found, penultimate_dim=width, kind="1x1 convolution", linear=layer, linear_name=names[0])
+        listed = ", ".join(names) or "unknown"
+        if len(names) > 1:
+            kind, why = "several classifiers", f"the logits are made of {len(names)} classifiers ({listed})"
+            last = [name for name, part in self.model.named_modules() if name in names and isinstance(part, nn.Linear)]
+            mend = f" To use one of them alone: classifier_layer={last[0]!r}." if last else ""
+        else:
+            kind, why, mend = "other", f"the logits are not the output of one linear layer (classifier: {listed})", ""
+        return replace(found, kind=kind, refusal=f"there is no single linear classifier: {why}. {NO_LINEAR}{mend}")
+
+    def __call__(self, images: Tensor) -> BackboneOutput:
+        model, structure = self.model if self._tapped is None else self._tapped[0], self.structure
+        features = model.forward_features(images)
+        embedding = pooled(_before_classifier(model, features), _BEFORE)
+        if structure.kind == "none":
+            return BackboneOutput(embedding, None, None)
+        if structure.kind == "linear" and structure.linear is not None:
+            return BackboneOutput(embedding, embedding, structure.linear(embedding))
+        logits, calls = record(model.forward_head, features)
+        if self._tapped is not None:
+            return BackboneOutput(embedding, calls[self._tapped[1]].input, logits)
+        return BackboneOutput(embedding, None if structure.linear is None else embedding, logits)
+
+
+def _before_classifier(model: Any, features: Any) -> Tensor:
+    """What timm feeds the classifier. Raises BackboneError for networks that have no such thing."""
+    try:
+        before = model.forward_head(features, pre_logits=True)
+    except NotImplementedError:
+        before = None
+    if not isinstance(before, Tensor):
+        raise BackboneError(
+            f"{type(model).__name__} gives no embedding ({_BEFORE} returns no tensor); name the layer that gives one "
+            "with feature_layer=."
+        )
+    return before
+
+
+def _owned_modules(model: Any) -> dict[str, nn.Module]:
+    """The classifier's modules by name: those of the configuration and those timm itself calls the classifier."""
+    found = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    parts = found if isinstance(found, tuple | list) else (found,)
+    names = _classifier_names(model)
+    return {
+        name: part
+        for name, part in model.named_modules()
+        if name and (name in names or any(part is other for other in parts)) and not isinstance(part, nn.Identity)
+    }

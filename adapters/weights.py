@@ -44,7 +44,7 @@ def tensor_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def weights_state(tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """A cheap mark that changes whenever a weight does: the version counter misses edits through `.data`, the sums do not."""
+    """A cheap mark that changes whenever a weight does: version counters miss edits through `.data`, sums do not."""
     keys = tuple((name, value.data_ptr(), value._version, value.dtype) for name, value in tensors.items())
     sums = [value.detach().sum(dtype=torch.float64).cpu() for value in tensors.values()]
     return keys, tuple(torch.stack(sums).tolist()) if sums else ()
