@@ -243,15 +243,21 @@ class _Tempered:
         logits = torch.nn.functional.linear(phi, self.weight.detach().to(phi), bias)
         report = {"held_out_nll_softmax": _cross_entropy(torch.softmax(logits, -1), target)}
         temperature = _best_scale(logits, torch.zeros_like(logits), target)
+        best: tuple[float, float, LastLayerPosterior] | None = None
+        # T and the posterior depend on each other: take turns while the held-out loss falls. Where the curvature is
+        # nearly flat the turns can run away, so the best round counts, not the last.
         for _ in range(ROUNDS):
             posterior = self.posterior(temperature)
+            loss = _cross_entropy(posterior.predict(phi), target)
+            if best is not None and loss >= best[0]:
+                break
+            best = (loss, temperature, posterior)
             step = _best_scale(posterior.logits(phi), posterior.functional_variance(phi), target)
             if abs(math.log(step)) < SETTLED:
                 break
             temperature *= step
-        else:
-            posterior = self.posterior(temperature)
-        return temperature, posterior, report | {"held_out_nll": _cross_entropy(posterior.predict(phi), target)}
+        assert best is not None
+        return best[1], best[2], report | {"held_out_nll": best[0]}
 
 
 def _cross_entropy(probabilities: Tensor, target: Tensor) -> float:

@@ -141,6 +141,7 @@ class TemperatureHead(Head):
         """Spearman of the uncertainty with blur severity within images, averaged. embedding [S, n, D]."""
         s, n, d = embedding.shape
         certain = self.raw(embedding.reshape(s * n, d)).reshape(s, n).cpu().numpy()
+        certain = certain.round(4)  # what differs by rounding only is a tie
         ranks = rankdata(-certain, axis=0) - (s + 1) / 2
         order = (rankdata(severity) - (s + 1) / 2)[:, None]
         length = np.sqrt((ranks**2).sum(0) * (order**2).sum())
