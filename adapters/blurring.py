@@ -1,4 +1,4 @@
-"""The backbone's view of blurred images: how a head can tell, without labels, whether its score rises with ambiguity."""
+"""The backbone's view of blurred images: how a head tells, without labels, whether its score rises with ambiguity."""
 
 from __future__ import annotations
 

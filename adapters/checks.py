@@ -49,8 +49,8 @@ def _check_range(features: Features, label: np.ndarray, values: np.ndarray) -> N
     if classes > 1 and len(stray) and (rare or sparse):
         rows = ", ".join(map(str, features.row[stray[:5]]))
         raise DataError(
-            f"labels out of range: {label[stray[0]]} in row(s) {rows} for a classifier of {classes} classes. Leave these "
-            "rows out; if the labels name other classes, number them 0, 1, 2, ... without gaps."
+            f"labels out of range: {label[stray[0]]} in row(s) {rows} for a classifier of {classes} classes. Leave "
+            "these rows out; if the labels name other classes, number them 0, 1, 2, ... without gaps."
         )
 
 
@@ -62,8 +62,8 @@ def check_classes(features: Features, positives: str, ids: np.ndarray | None, he
     seen = np.unique(label if label.ndim == 1 else label.argmax(axis=1))
     if len(seen) < 2:
         raise DataError(
-            f"all {len(features)} rows are of one class ({seen[0]}): nothing can be learnt from such labels. Give rows of "
-            "several classes; for kappa and temperature positives='views' needs no classes."
+            f"all {len(features)} rows are of one class ({seen[0]}): nothing can be learnt from such labels. Give rows "
+            "of several classes; for kappa and temperature positives='views' needs no classes."
         )
 
 
@@ -81,8 +81,8 @@ def trained_on(data: FitData) -> tuple[dict[str, float], str | None]:
     spread = (held_out * (1 - held_out) / len(data.held_out) + fitting * (1 - fitting) / len(data.train)) ** 0.5
     if fitting - held_out > max(0.05, 4 * spread):
         return facts, (
-            f"the backbone's accuracy is {fitting:.1%} on the fitting rows and {held_out:.1%} on the held-out rows: it was "
-            "trained on the fitting rows, where its errors say little about new images. Fit on rows it has not seen."
+            f"the backbone's accuracy is {fitting:.1%} on the fitting rows and {held_out:.1%} on the held-out rows: it "
+            "was trained on the fitting rows, where errors say little about new images. Fit on rows it has not seen."
         )
     if fitting > 0.99 and facts["cross_entropy"] < 0.05 and len(data.train) >= 200:
         return facts, (

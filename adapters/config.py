@@ -53,8 +53,8 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """One head: its registered name, kind of score, fingerprint scope, number of classes of the labels it was fitted on (0:
-    none), options, a summary of its held-out scores (the quantiles themselves are tensors), and what its fit reported."""
+    """One head: its registered name, kind of score, fingerprint scope, number of classes of the labels it was fitted on
+    (0: none), options, a summary of its held-out scores (the quantiles are tensors), and what its fit reported."""
 
     name: str
     kind: str

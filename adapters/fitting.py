@@ -182,8 +182,8 @@ def _blurring(backbone: Backbone, features: Features) -> Callable[[np.ndarray], 
 
 
 def describe(backbone: Backbone, data: FitData, options: FitOptions, facts: dict[str, float]) -> dict[str, Any]:
-    """JSON-able: what the rows were ("data"), how the heads were fitted and what the backbone did there ("fit"), and how
-    the images were prepared ("preprocessing")."""
+    """JSON-able: what the rows were ("data"), how the heads were fitted and what the backbone did there ("fit"), and
+    how the images were prepared ("preprocessing")."""
     source, training = data.features.source, data.options
     known = {} if source is None else {**source.describe(), "fingerprint": source.fingerprint()}
     rows = {"rows": len(data.features), "skipped": data.features.skipped, "classes": data.features.num_classes}

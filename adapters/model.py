@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ def wrap(
     head: Heads = "kappa",
     *,
     pretrained: bool = True,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: str | Path | None = None,
     transform: Any = None,
     feature_layer: str | None = None,
     classifier_layer: str | bool | None = None,
@@ -42,9 +41,10 @@ def wrap(
     """A pretrained network with unfitted heads; the network is frozen and stays as it is, bit for bit.
 
     Args:
-        backbone: a timm name ("resnet50.a1_in1k"), a hub id ("hf-hub:timm/..."), or any `nn.Module` whose forward returns
-            a tensor, a mapping or a transformers `ModelOutput`.
-        head: "kappa", "temperature", "loss", "laplace", a head object, or a list of them, which share one backbone pass.
+        backbone: a timm name ("resnet50.a1_in1k"), a hub id ("hf-hub:timm/..."), or any `nn.Module` whose forward
+            returns a tensor, a mapping or a transformers `ModelOutput`.
+        head: "kappa", "temperature", "loss", "laplace", a head object, or a list of them, which share one pass of the
+            backbone.
         pretrained: whether a named backbone gets its pretrained weights.
         checkpoint: local weights (.safetensors, or a .pth read with `weights_only=True`).
         transform: PIL image to tensor [3,H,W], for own modules.
@@ -69,7 +69,7 @@ def wrap(
 
 
 def load(
-    folder_or_hub_id: str | os.PathLike[str],
+    folder_or_hub_id: str | Path,
     revision: str | None = None,
     backbone: str | nn.Module | Backbone | None = None,
 ) -> UncertainModel:
@@ -100,8 +100,8 @@ def _make_heads(head: Heads, options: dict[str, Any]) -> list[Head]:
     for name, value in options.items():
         if name not in names or not isinstance(value, dict):
             raise OptionError(
-                f"{name}={value!r} was given beside the heads {', '.join(names)}: with several heads give each its options "
-                f"as a mapping, such as {names[0]}={{...}}"
+                f"{name}={value!r} was given beside the heads {', '.join(names)}: with several heads give each its "
+                f"options as a mapping, such as {names[0]}={{...}}"
             )
     return [make_head(one, **options.get(name, {})) for one, name in zip(head, names, strict=True)]
 
@@ -166,8 +166,8 @@ class UncertainModel(nn.Module):
         lr: float | None = None,
         batch_size: int = 512,
         seed: int = 0,
-        cache_dir: str | os.PathLike[str] | None = None,
-        output_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | Path | None = None,
+        output_dir: str | Path | None = None,
     ) -> UncertainModel:
         """Fit every head on the backbone's stored features of `data`, and return the model.
 
@@ -186,15 +186,14 @@ class UncertainModel(nn.Module):
             output_dir: where config.json, metrics.jsonl, checkpoints (from which the same fit resumes) and results.json
                 go.
 
-        Raises DataError for data the heads cannot be fitted on (non-finite features, one class, too few rows, labels out
-        of range, regression targets), OptionError for options out of range.
+        Raises DataError for data the heads cannot be fitted on (non-finite features, one class, too few rows, labels
+        out of range, regression targets), OptionError for options out of range.
         """
         check_launch()
         folder = None if output_dir is None else Path(output_dir)
         training = TrainOptions(epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, output_dir=folder)
         group = group if group is None or isinstance(group, str) else np.asarray(group)
-        store = None if cache_dir is None else Path(cache_dir)
-        options = fitting.FitOptions(positives, views, validation, group, store)
+        options = fitting.FitOptions(positives, views, validation, group, cache_dir)
         heads = [head for _, head, _ in self.each_head()]
         prepared = fitting.prepare(self.backbone, heads, data, options, training)
         facts, warning = checks.trained_on(prepared)
@@ -243,7 +242,7 @@ class UncertainModel(nn.Module):
         data: Any,
         fields: Sequence[str] = ("uncertainty", "logits"),
         batch_size: int = 64,
-        output_dir: str | os.PathLike[str] | None = None,
+        output_dir: str | Path | None = None,
     ) -> Prediction:
         """The uncertainty of one image, of paths, or of a whole data set, streamed; on the CPU, in the data's order.
 
@@ -268,7 +267,8 @@ class UncertainModel(nn.Module):
 
         Args:
             coverage: share of new images to keep, if they are like the held-out ones.
-            risk: share of wrong decisions of the backbone among the kept images, not exceeded with probability 1 - delta.
+            risk: share of wrong decisions of the backbone among the kept images, not exceeded with probability
+                1 - delta.
             head: whose score; None: the first head's.
         """
         scores = {name: scores for name, _, scores in self.each_head()}
@@ -279,10 +279,11 @@ class UncertainModel(nn.Module):
             self._require_fitted()
         return scores[name].threshold(coverage=coverage, risk=risk, delta=delta)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+    def save_pretrained(self, folder: str | Path) -> Path:
         """Write the adapter (adapter.safetensors, adapter_config.json, README.md) and return the folder.
 
-        The backbone's weights are not in it. Raises NotFittedError before `fit`, AdapterError when it cannot be written.
+        The backbone's weights are not in it. Raises NotFittedError before `fit`, AdapterError when it cannot be
+        written.
         """
         self._require_fitted()
         return check_launch().on_main(lambda: persistence.save(self, folder))
@@ -290,7 +291,7 @@ class UncertainModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder_or_hub_id: str | os.PathLike[str],
+        folder_or_hub_id: str | Path,
         revision: str | None = None,
         backbone: str | nn.Module | Backbone | None = None,
     ) -> UncertainModel:
@@ -303,6 +304,6 @@ class UncertainModel(nn.Module):
         missing = [name for name in self.heads if name not in self.fitted_heads]
         if missing:
             raise NotFittedError(
-                f"the head(s) {', '.join(missing)} are not fitted yet: call model.fit(data) first, or load a fitted adapter "
-                "with posthoc.load(...)"
+                f"the head(s) {', '.join(missing)} are not fitted yet: call model.fit(data) first, or load a fitted "
+                "adapter with posthoc.load(...)"
             )

@@ -8,7 +8,7 @@ import os
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -144,8 +144,8 @@ def _attach(config: AdapterConfig, backbone: str | nn.Module | Backbone | None, 
     described = config.backbone
     if backbone is None and described.source == "module":
         raise AdapterError(
-            f"{folder} was fitted on a module of your own ({described.name}), which an adapter cannot name: give it with "
-            "load(..., backbone=your_model)"
+            f"{folder} was fitted on a module of your own ({described.name}), which an adapter cannot name: give it "
+            "with load(..., backbone=your_model)"
         )
     frozen = build_backbone(
         _address(described) if backbone is None else backbone,
@@ -158,8 +158,8 @@ def _attach(config: AdapterConfig, backbone: str | nn.Module | Backbone | None, 
         if found != expected:
             raise BackboneError(
                 f"{folder} was fitted on {described.name} with the fingerprint {expected} ({scope}); this backbone, "
-                f"{frozen.name}, has {found}. Give the weights it was fitted on with load(..., backbone=...), or fit the "
-                "adapter again on these."
+                f"{frozen.name}, has {found}. Give the weights it was fitted on with load(..., backbone=...), or fit "
+                "the adapter again on these."
             )
     widths = (described.embedding_dim, frozen.embedding_dim)
     if widths[0] != widths[1]:
@@ -179,12 +179,12 @@ def _look(backbone: Backbone, preprocessing: dict[str, Any]) -> None:
     """Show a network without a transform one batch of noise of the size it was fitted with: its parts are found so."""
     size = preprocessing.get("input_size")
     if backbone.transform is None and _is_size(size):
-        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn((2, *size), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             backbone(images.to(backbone.device, backbone.dtype))
 
 
-def _is_size(size: Any) -> bool:
+def _is_size(size: Any) -> TypeGuard[list[int]]:
     return isinstance(size, list) and len(size) == 3 and all(type(n) is int and 1 <= n <= 2048 for n in size)
 
 
