@@ -46,7 +46,7 @@ class FeatureTable:
         self.array = array
         self.tensor = None
         if array.nbytes <= self.in_memory_bytes:
-            self.tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(self.device)
+            self.tensor = torch.from_numpy(np.array(array, dtype=np.float32)).to(self.device)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """float32 rows [B, ...] for int64 positions [B]."""

@@ -81,8 +81,9 @@ class Head(nn.Module):
     uses_pairs: ClassVar[bool] = False
     """Whether it is trained on positive pairs (labels, soft labels or views)."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
+        self._config: dict[str, Any] = options
         self.dims: FeatureDims | None = None
 
     @property
@@ -92,7 +93,7 @@ class Head(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """JSON-able options; `type(head)(**head.config())` is an unfitted twin."""
-        raise NotImplementedError
+        return dict(self._config)
 
     def build(self, dims: FeatureDims) -> None:
         """Make the parameters and buffers for these widths (by `fit`, and by `load` before tensors are filled in)."""

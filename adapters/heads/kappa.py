@@ -64,24 +64,20 @@ class KappaHead(Head):
         n_negatives: int = 32,
         calibrate: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            projection=projection,
+            parametrization=parametrization,
+            width=width,
+            depth=depth,
+            concentration=concentration,
+            learnable=learnable,
+            n_samples=n_samples,
+            n_negatives=n_negatives,
+            calibrate=calibrate,
+        )
         check_choice(self.name, "parametrization", parametrization, ("network", "norm"))
         check_positive(self.name, projection=projection, width=width, depth=depth, concentration=concentration)
         check_positive(self.name, n_samples=n_samples, n_negatives=n_negatives)
-        self._config = {
-            "projection": projection,
-            "parametrization": parametrization,
-            "width": width,
-            "depth": depth,
-            "concentration": concentration,
-            "learnable": learnable,
-            "n_samples": n_samples,
-            "n_negatives": n_negatives,
-            "calibrate": calibrate,
-        }
-
-    def config(self) -> dict[str, Any]:
-        return dict(self._config)
 
     mean: Tensor
     log_range: Tensor

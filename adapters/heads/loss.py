@@ -43,13 +43,14 @@ class LossHead(Head):
     kind = "decision"
 
     def __init__(self, objective: str = "ranking", margin: float = 0.1, width: int = 64, depth: int = 2) -> None:
-        super().__init__()
+        super().__init__(
+            objective=objective,
+            margin=margin,
+            width=width,
+            depth=depth,
+        )
         check_choice(self.name, "objective", objective, ("ranking", "mse"))
         check_positive(self.name, margin=margin, width=width, depth=depth)
-        self._config = {"objective": objective, "margin": margin, "width": width, "depth": depth}
-
-    def config(self) -> dict[str, Any]:
-        return dict(self._config)
 
     def build(self, dims: FeatureDims) -> None:
         self.dims = dims
@@ -112,8 +113,8 @@ def _losses(data: FitData) -> tuple[np.ndarray, str]:
 def _cross_entropy(logits: np.ndarray, label: np.ndarray, chunk: int = 8192) -> np.ndarray:
     parts = [
         functional.cross_entropy(
-            torch.from_numpy(np.asarray(logits[i : i + chunk], dtype=np.float32)),
-            torch.from_numpy(np.asarray(label[i : i + chunk])),
+            torch.from_numpy(np.array(logits[i : i + chunk], dtype=np.float32)),
+            torch.from_numpy(np.array(label[i : i + chunk])),
             reduction="none",
         )
         for i in range(0, len(logits), chunk)

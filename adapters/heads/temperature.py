@@ -48,12 +48,12 @@ class TemperatureHead(Head):
     uses_pairs = True
 
     def __init__(self, base_temperature: float | None = None, width: int = 64, depth: int = 1) -> None:
-        super().__init__()
+        super().__init__(
+            base_temperature=base_temperature,
+            width=width,
+            depth=depth,
+        )
         check_positive(self.name, base_temperature=base_temperature, width=width)
-        self._config = {"base_temperature": base_temperature, "width": width, "depth": depth}
-
-    def config(self) -> dict[str, Any]:
-        return dict(self._config)
 
     base: Tensor
 

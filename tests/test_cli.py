@@ -1,0 +1,98 @@
+"""The command line on a folder of real digits: fit, predict, info, check, cache."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from posthoc.cli import main
+
+NAME = "test_vit"  # 0.4 M parameters
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    root = tmp_path_factory.mktemp("digits")
+    for i in np.flatnonzero(digits.target < 3)[:90]:
+        at = root / str(digits.target[i])
+        at.mkdir(exist_ok=True)
+        Image.fromarray((digits.images[i] * 15).astype(np.uint8)).resize((64, 64)).save(at / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import timm
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = timm.create_model(NAME, pretrained=False)
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_file(module.state_dict(), path)
+    return path
+
+
+def test_a_folder_is_fitted_scored_and_described(
+    folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, table = tmp_path / "adapter", tmp_path / "scores.csv"
+    fit = ["fit", NAME, str(folder), "--checkpoint", str(weights), "--head", "kappa", "loss", "--output", str(adapter)]
+    main([*fit, "--epochs", "1", "--batch-size", "32", "--validation", "0.3"])
+    main(["predict", str(adapter), str(folder), "--checkpoint", str(weights), "--output", str(table), "--abstain", "0.8"])
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 90
+    assert list(rows[0]) == ["path", "label", "uncertainty", "percentile", "abstain"]
+    assert all(Path(r["path"]).parent.name == r["label"] for r in rows)
+    assert all(float(r["uncertainty"]) > 0 and 0 <= float(r["percentile"]) <= 100 for r in rows)
+    assert {r["abstain"] for r in rows} <= {"True", "False"}
+    capsys.readouterr()
+    main(["info", str(adapter)])
+    told = capsys.readouterr().out
+    assert NAME in told
+    assert "kappa (aleatoric)" in told
+    main(["cache"])
+    assert "90 rows" in capsys.readouterr().out
+
+
+def test_parquet_is_written_too(folder: Path, weights: Path, tmp_path: Path) -> None:
+    adapter, table = tmp_path / "adapter", tmp_path / "scores.parquet"
+    fit = ["fit", NAME, str(folder), "--checkpoint", str(weights), "--head", "loss", "--output", str(adapter)]
+    main([*fit, "--epochs", "1", "--batch-size", "32"])
+    main(["predict", str(adapter), str(folder), "--checkpoint", str(weights), "--output", str(table)])
+    import pyarrow.parquet
+
+    assert pyarrow.parquet.read_table(table).column_names == ["path", "label", "uncertainty", "percentile"]
+
+
+def test_check_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", NAME])
+    told = capsys.readouterr().out
+    assert "embedding_dim" in told
+    assert "head" in told
+
+
+@pytest.mark.parametrize("arguments", [["check", "resnet5O"], ["info", "no-such-folder/at-all"]])
+def test_our_errors_are_one_line_and_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("posthoc: ")
+
+
+@pytest.mark.parametrize("command", ["fit", "predict", "info", "check", "cache"])
+def test_every_help_teaches_by_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"Example: posthoc {command}" in capsys.readouterr().out
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    import posthoc
+
+    main(["--version"])
+    assert capsys.readouterr().out.split() == ["posthoc", posthoc.__version__]
