@@ -61,7 +61,7 @@ class LabelPairs:
 
     def __init__(self, table: FeatureTable, labels: np.ndarray, rows: np.ndarray) -> None:
         """`labels` int64 [N] for every row of the table; pairs are drawn among `rows` only."""
-        labels = np.asarray(labels, dtype=np.int64)
+        labels = np.array(labels, dtype=np.int64)  # a copy: stored labels are read-only maps
         classes, counts = np.unique(labels[rows], return_counts=True)
         if len(classes) < 2:
             raise DataError(f"positives by label need at least 2 classes among the rows; all are {classes.tolist()}")
@@ -99,8 +99,8 @@ class SoftLabelPairs:
     def __init__(self, table: FeatureTable, labels: np.ndarray, rows: np.ndarray) -> None:
         """`labels` float [N, C], rows that sum to 1."""
         self.table = table
-        self.labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.float32))
-        self.rows = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+        self.labels = torch.from_numpy(np.array(labels, dtype=np.float32))
+        self.rows = torch.from_numpy(np.array(rows, dtype=np.int64))
         mass = np.asarray(labels, dtype=np.float64)[rows]
         if (mass > 0).any(axis=0).sum() < 2:
             raise DataError("positives by soft labels need at least 2 classes with some probability")
