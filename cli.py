@@ -199,7 +199,9 @@ class Cache:
         print(f"{self.cache_dir or default_cache_dir()}: {sum(s.bytes for s in stores) / 1e6:.1f} MB in {len(stores)}")
         for s in stores:
             state = "complete" if s.complete else "partial"
-            print(f"{s.key[:12]}  {s.bytes / 1e6:>9.1f} MB  {s.rows or '?':>8} rows  {state:<8}  {s.backbone}  {s.data}")
+            print(
+                f"{s.key[:12]}  {s.bytes / 1e6:>9.1f} MB  {s.rows or '?':>8} rows  {state:<8}  {s.backbone}  {s.data}"
+            )
 
 
 def labels_of(source: Any, rows: int) -> list[Any]:
@@ -227,7 +229,9 @@ def load_name(address: str, revision: str | None) -> str:
     """The timm name of the backbone an adapter was fitted on."""
     described = read_adapter(address, revision).backbone
     if described.source == "module":
-        raise OptionError("this adapter belongs to an own module: load it in Python with posthoc.load(..., backbone=...)")
+        raise OptionError(
+            "this adapter belongs to an own module: load it in Python with posthoc.load(..., backbone=...)"
+        )
     return str(described.name)
 
 

@@ -198,7 +198,7 @@ def extract(
     if features.skipped:
         broken = json.loads((folder / MANIFEST).read_text())["skipped"]
         named = "; ".join(f"{name}: {why}" for _, name, why in broken[:3])
-        warnings.warn(f"skipped {len(broken)} image(s) that could not be read: {named}", UserWarning, stacklevel=2)
+        warnings.warn(f"skipped {len(broken)} image(s) that could not be read: {named}", UserWarning, stacklevel=3)
     return features
 
 

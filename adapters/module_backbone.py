@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,9 @@ class ModuleReader:
     ) -> None:
         self.module = module
         self._feature = feature_layer
-        linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear) and name}
+        linears: dict[str, Any] = {
+            name: part for name, part in module.named_modules() if isinstance(part, nn.Linear) and name
+        }
         feature = {} if feature_layer is None else {feature_layer: find_layer(module, feature_layer, "feature_layer")}
         if isinstance(classifier_layer, str):
             self._check_classifier_name(classifier_layer)
@@ -113,7 +115,7 @@ class ModuleReader:
                 num_classes=classes,
                 kind="linear" if self._feature is None else "deep linear",
                 embedding_layer=self._feature or f"input of {self._classifier}",
-                linear=layer,
+                linear=cast(nn.Linear, layer),
                 linear_name=self._classifier,
                 own=(self._classifier,) if alone else (),
             )

@@ -83,10 +83,10 @@ def noise(shape: Sequence[int]) -> Tensor:
 
 
 def timm_probes(preprocessing: dict[str, Any]) -> Iterator[Tensor]:
-    """At most 224 pixels first, where the network is said to take any size (cheaper), then its own size."""
+    """Its own size, but where a network is said to take any size two cheaper ones first; some need more than 64 pixels."""
     channels, *size = preprocessing["input_size"]
-    if not preprocessing["fixed_input_size"] and max(size) > 224:
-        yield noise([channels, 224, 224])
+    if not preprocessing["fixed_input_size"]:
+        yield from (noise([channels, side, side]) for side in (64, 128) if side < min(size))
     yield noise([channels, *size])
 
 

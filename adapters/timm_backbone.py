@@ -91,9 +91,9 @@ def timm_preprocessing(model: Any) -> tuple[dict[str, Any], Callable[[Image.Imag
     patches = getattr(model, "patch_embed", None)
     # dynamic_img_size= lifts the restriction that the configuration of the weights states
     fixed = bool(model.pretrained_cfg.get("fixed_input_size")) and getattr(patches, "strict_img_size", True)
-    # a network built with img_size= keeps the configuration of the original size
-    size = getattr(model, "_model_args", {}).get("img_size") or getattr(patches, "img_size", None)
-    if fixed and size is not None:
+    # a network built with img_size= keeps the configuration of the original size; older timm do not keep the option
+    size = getattr(model, "_model_args", {}).get("img_size") or (getattr(patches, "img_size", None) if fixed else None)
+    if size is not None:
         config["input_size"] = (config["input_size"][0], *((size, size) if isinstance(size, int) else size))
     transform = create_transform(**config, is_training=False)
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
@@ -168,7 +168,7 @@ class TimmReader:
         pointwise = (
             isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1 and before.ndim == 2
         )
-        if pointwise and close(as_linear(layer)(before), logits):
+        if pointwise and isinstance(layer, nn.Conv2d) and close(as_linear(layer)(before), logits):
             width = found.embedding_dim
             return replace(found, penultimate_dim=width, kind="1x1 convolution", linear=layer, linear_name=names[0])
         listed = ", ".join(names) or "unknown"

@@ -39,7 +39,7 @@ def tensor_fingerprint(tensors: Mapping[str, Tensor]) -> str:
             raise BackboneError(f"the weight {name!r} is on the meta device and has no values; load the weights first.")
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
 
 

@@ -43,8 +43,10 @@ def test_a_folder_is_fitted_scored_and_described(
     adapter, table = tmp_path / "adapter", tmp_path / "scores.csv"
     fit = ["fit", NAME, str(folder), "--checkpoint", str(weights), "--head", "kappa", "loss", "--output", str(adapter)]
     main([*fit, "--epochs", "1", "--batch-size", "32", "--validation", "0.3"])
-    main(["predict", str(adapter), str(folder), "--checkpoint", str(weights), "--output", str(table), "--abstain", "0.8"])
-    rows = list(csv.DictReader(table.open()))
+    main(
+        ["predict", str(adapter), str(folder), "--checkpoint", str(weights), "--output", str(table), "--abstain", "0.8"]
+    )
+    rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) == 90
     assert list(rows[0]) == ["path", "label", "uncertainty", "percentile", "abstain"]
     assert all(Path(r["path"]).parent.name == r["label"] for r in rows)

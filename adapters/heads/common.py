@@ -43,12 +43,12 @@ class ScalarNet(nn.Module):
 
 def moments(array: np.ndarray, rows: np.ndarray, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per dimension of the rows of [N, D] or [N, V, D], in float64 sums, chunked."""
-    total = squares = None
+    total = squares = np.zeros(array.shape[-1])
     count = 0
     for i in range(0, len(rows), chunk):
         x = np.asarray(array[rows[i : i + chunk]], dtype=np.float64).reshape(-1, array.shape[-1])
-        total = x.sum(0) if total is None else total + x.sum(0)
-        squares = (x * x).sum(0) if squares is None else squares + (x * x).sum(0)
+        total = total + x.sum(0)
+        squares = squares + (x * x).sum(0)
         count += len(x)
     mean = total / count
     variance = np.maximum(squares / count - mean * mean, 0.0)

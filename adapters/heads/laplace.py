@@ -62,6 +62,8 @@ class LaplaceHead(Head):
     prior_precision: Tensor
     temperature: Tensor
     draws: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self,

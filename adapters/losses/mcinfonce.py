@@ -96,7 +96,7 @@ class _SampledLoss(torch.autograd.Function):
         draws = Draws(mu, samples, antithetic, generator)
         for start in range(0, rows, block):
             part = slice(start, start + block)
-            sampled = sample_cosines(*(x[part] for x in inputs), draws)
+            sampled = sample_cosines(inputs[0][part], inputs[1][part], inputs[2][part], inputs[3][part], draws)
             value, grad, slope = _rows(sampled.cosine, tau)
             total += value
             if needed:

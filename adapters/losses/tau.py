@@ -13,7 +13,7 @@ from ..errors import OptionError
 FLOOR = math.log(1e-6)  # added to each denominator, as the paper's code does; keeps it positive
 
 
-def temperature(raw: Tensor, base_temperature: float) -> Tensor:
+def temperature(raw: Tensor, base_temperature: float | Tensor) -> Tensor:
     """The temperature t / sigmoid(raw) in (t, inf) of a raw output, any shape: higher = less certain; always finite."""
     return base_temperature * (1.0 + torch.exp(-raw.clamp(min=-80.0)))
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from posthoc.adapters import files
 from posthoc.adapters.card import render_card
 from posthoc.adapters.config import AdapterConfig, BackboneConfig, HeadConfig, WeightsConfig
@@ -224,6 +225,8 @@ def test_the_card_states_the_facts() -> None:
         "base_model: timm/resnet18.a1_in1k",
     ):
         assert fact in card
-    own = dataclasses.replace(example(), backbone=BackboneConfig("module", "Tiny", {"embedding": "a" * 64}, 8, 8, 0, "as given"))
+    own = dataclasses.replace(
+        example(), backbone=BackboneConfig("module", "Tiny", {"embedding": "a" * 64}, 8, 8, 0, "as given")
+    )
     assert "backbone=your_model" in render_card(own)
     assert "base_model" not in render_card(own)

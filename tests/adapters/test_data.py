@@ -13,9 +13,6 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from posthoc.adapters.data import open_source
-from posthoc.adapters.errors import DataError
-from posthoc.adapters.source_loader import load_image
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
@@ -25,6 +22,10 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
 )
+
+from posthoc.adapters.data import open_source
+from posthoc.adapters.errors import DataError
+from posthoc.adapters.source_loader import load_image
 
 ROWS = 12
 IMAGES = np.random.default_rng(0).integers(0, 256, (ROWS, 20, 16, 3), dtype=np.uint8)

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision import transforms
+
 from posthoc.adapters.backbone import Backbone, build_backbone
 from posthoc.adapters.data import open_source
 from posthoc.adapters.errors import BackboneError, DataError, OptionError
 from posthoc.adapters.features import Features, extract
 from posthoc.adapters.store import Store, list_stores, prune
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchvision import transforms
 
 ROWS = 23
 IMAGES = np.random.default_rng(0).integers(0, 256, (ROWS, 20, 16, 3), dtype=np.uint8)

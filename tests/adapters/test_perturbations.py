@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
+
 from posthoc import PosthocError
 from posthoc.adapters.perturbations import (
     BLUR_SEVERITIES,
@@ -13,7 +15,6 @@ from posthoc.adapters.perturbations import (
     center_crop,
     occlude,
 )
-from scipy.ndimage import gaussian_filter
 
 MODES = ["L", "LA", "RGB", "RGBA", "P", "1", "CMYK"]
 

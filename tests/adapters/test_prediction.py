@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from posthoc.adapters.errors import PosthocError
-from posthoc.adapters.prediction import MissingFieldError, Prediction
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from posthoc.adapters.errors import PosthocError
+from posthoc.adapters.prediction import MissingFieldError, Prediction
 
 
 def two_heads(rows: int = 4) -> Prediction:

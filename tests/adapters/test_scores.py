@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from posthoc.adapters.errors import DataError, NotFittedError, OptionError
-from posthoc.adapters.scores import HeldOutScores
 from safetensors.torch import load_file, save_file
 from scipy.stats import beta
+
+from posthoc.adapters.errors import DataError, NotFittedError, OptionError
+from posthoc.adapters.scores import HeldOutScores
 
 
 def draw(rows: int, generator: torch.Generator) -> torch.Tensor:

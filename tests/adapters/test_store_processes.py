@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from posthoc.adapters.backbone import build_backbone
 from posthoc.adapters.errors import DataError, PosthocError
 from posthoc.adapters.features import Features
 from posthoc.adapters.store import Store, list_stores
-from torch import nn
 
 # One extraction as a program: 1000 images in passes of 64, 16 in all, in two chunks of 512 and 488 rows.
 PROGRAM = """

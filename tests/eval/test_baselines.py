@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy.special import log_softmax, softmax
+from sklearn.neighbors import NearestNeighbors
+
 from posthoc import PosthocError
 from posthoc.eval import baselines
 from posthoc.eval.metrics import auroc, nll
-from scipy.special import log_softmax, softmax
-from sklearn.neighbors import NearestNeighbors
 
 
 @pytest.fixture

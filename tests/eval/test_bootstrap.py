@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+
 from posthoc import PosthocError
 from posthoc.eval.bootstrap import Interval, bootstrap, bootstrap_curve, bootstrap_difference, resampled_counts
 from posthoc.eval.statistics import Aurc, Auroc, Ece, Mean, SelectiveAccuracy, Spearman

@@ -5,11 +5,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import log_loss, roc_auc_score
+
 from posthoc import PosthocError
 from posthoc.eval import extras, metrics
 from posthoc.eval.statistics import Auroc, Spearman
-from scipy.stats import spearmanr
-from sklearn.metrics import log_loss, roc_auc_score
 
 
 @pytest.fixture

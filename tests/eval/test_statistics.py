@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from posthoc import PosthocError
-from posthoc.eval.statistics import Aurc, Auroc, Ece, Mean, SelectiveAccuracy, Spearman
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
+
+from posthoc import PosthocError
+from posthoc.eval.statistics import Aurc, Auroc, Ece, Mean, SelectiveAccuracy, Spearman
 
 few = settings(max_examples=60, deadline=None)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from posthoc.adapters import files
 from posthoc.adapters.card import render_card
 from posthoc.adapters.config import AdapterConfig, BackboneConfig, HeadConfig, WeightsConfig

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+
 from posthoc.adapters.errors import OptionError
 from posthoc.adapters.losses import LossMSE, LossRanking
-from torch.nn.functional import cross_entropy
 
 
 @pytest.fixture

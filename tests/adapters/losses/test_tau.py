@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from posthoc.adapters.errors import OptionError
 from posthoc.adapters.losses import TaU
 from posthoc.adapters.losses.tau import temperature

@@ -1,0 +1,187 @@
+"""The one place that draws: galleries, curves and intervals in one style, straight to a file.
+
+Nothing here goes through pyplot, so no backend is chosen, no window opens and no global setting stays changed. Colours are
+Okabe and Ito's, told apart by people with any colour vision; every line has its own marker or dash as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .bootstrap import Interval
+from .extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vP"
+DASHES: tuple[Any, ...] = (
+    (0, (5, 2)),
+    (0, (1, 1.5)),
+    (0, (5, 2, 1, 2)),
+    (0, (8, 2)),
+    (0, (2, 2)),
+    (0, (4, 1, 1, 1, 1, 1)),
+)
+GREYS = ("#3A3A3A", "#6A6A6A", "#8C8C8C", "#555555", "#7A7A7A", "#A0A0A0")
+FLAG = "#D55E00"
+INK, FAINT = "#222222", "#D9D9D9"
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": "#8C8C8C",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E8E8E8",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.5,
+    "figure.facecolor": "white",
+    "savefig.dpi": 130,
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one score is drawn, wherever it is drawn."""
+
+    colour: str
+    marker: str
+    dash: Any
+    fitted: bool
+
+
+def looks(fitted: Sequence[str], free: Sequence[str]) -> dict[str, Look]:
+    """A look for each name: colours and solid lines for fitted heads, greys and dashes for scores that cost nothing."""
+    return {
+        **{name: Look(COLOURS[i % 6], MARKERS[i % 6], "-", True) for i, name in enumerate(fitted)},
+        **{name: Look(GREYS[i % 6], "none", DASHES[i % 6], False) for i, name in enumerate(free)},
+    }
+
+
+@contextmanager
+def page(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of that size in inches in the common style, saved to `path` (.png, .svg or .pdf) when the block ends.
+
+    Raises PosthocError without matplotlib.
+    """
+    matplotlib = require("matplotlib", "matplotlib")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the caller's session has set, the page looks the same
+        matplotlib.rcParams.update(STYLE)
+        figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        figure.savefig(path)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A row of images with a word under each; `flags` marks those that get a coloured frame."""
+
+    title: str
+    images: Sequence[Any]
+    words: Sequence[str]
+    flags: Sequence[bool]
+
+
+def gallery(figure: Figure | SubFigure, rows: Sequence[tuple[str, Strip, Strip]], title: str) -> None:
+    """Two strips of images side by side in every row, such as the most and the least certain, under a common title.
+
+    `rows` are (name, left, right); the strips' titles are written once, above the first row. Images are what
+    matplotlib can show: PIL or arrays; grey ones are drawn dark on light.
+    """
+    count = max(len(strip.images) for _, *strips in rows for strip in strips)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    widths = [2.2] + [1.0] * count + [0.5] + [1.0] * count
+    axes = figure.subplots(len(rows), len(widths), width_ratios=widths, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for line, (name, *strips) in zip(axes, rows, strict=True):
+        line[0].text(0.0, 0.5, name, va="center", fontweight="bold", transform=line[0].transAxes)
+        for start, strip in zip((1, count + 2), strips, strict=True):
+            for axis, image, word, flag in zip(line[start:], strip.images, strip.words, strip.flags, strict=False):
+                _thumbnail(axis, image, word, flag)
+    for start, strip in zip((1, count + 2), rows[0][1:], strict=True):
+        axes[0][start].set_title(strip.title, fontweight="normal", fontsize=10, pad=7)
+
+
+def _thumbnail(axis: Axes, image: Any, word: str, flag: bool) -> None:
+    pixels = np.asarray(image)
+    axis.imshow(pixels, cmap="gray_r" if pixels.ndim == 2 else None, interpolation="nearest")
+    axis.set_axis_on()
+    axis.grid(False)
+    axis.set(xticks=[], yticks=[])
+    axis.set_xlabel(word, fontsize=8, labelpad=2, color=FLAG if flag else INK)
+    for spine in axis.spines.values():
+        spine.set(visible=True, color=FLAG if flag else FAINT, linewidth=2.4 if flag else 0.8)
+
+
+def intervals(axis: Axes, values: Mapping[str, Interval], look: Mapping[str, Look], *, title: str, label: str) -> None:
+    """A point and its interval for each name, the largest on top, with the figures written beside them."""
+    names = sorted(values, key=lambda name: values[name].value)
+    for height, name in enumerate(names):
+        one, style = values[name], look[name]
+        marker = style.marker if style.fitted else "o"
+        axis.plot([one.low, one.high], [height] * 2, color=style.colour, linewidth=2.2, solid_capstyle="round")
+        axis.plot(
+            one.value, height, marker, color=style.colour, markerfacecolor=style.colour if style.fitted else "white"
+        )
+        axis.annotate(
+            f"{one.value:.3f}", (1.0, height), xycoords=("axes fraction", "data"), xytext=(6, 0),
+            textcoords="offset points", va="center", fontsize=9, color=style.colour,
+        )  # fmt: skip
+    axis.set_yticks(range(len(names)), names)
+    for tick, name in zip(axis.get_yticklabels(), names, strict=True):
+        tick.set(color=look[name].colour, fontweight="bold" if look[name].fitted else "normal")
+    axis.grid(axis="y", visible=False)
+    axis.set(title=title, xlabel=label)
+
+
+def curves(
+    axis: Axes,
+    x: Sequence[float] | np.ndarray,
+    values: Mapping[str, Sequence[Interval]],
+    look: Mapping[str, Look],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """One line for each name, fitted heads with their interval as a band; few points get markers."""
+    for name, line in values.items():
+        style, y = look[name], [one.value for one in line]
+        marker = style.marker if len(line) <= 10 else "none"
+        axis.plot(
+            x, y, color=style.colour, linestyle=style.dash, marker=marker, label=name,
+            linewidth=1.8 if style.fitted else 1.2, zorder=3 if style.fitted else 2,
+        )  # fmt: skip
+        if style.fitted:
+            axis.fill_between(
+                x, [one.low for one in line], [one.high for one in line], color=style.colour, alpha=0.12, lw=0
+            )
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.margins(x=0.02)
+
+
+def legend(figure: Figure | SubFigure, axis: Axes, columns: int) -> None:
+    """One legend for all panels of a figure, below them; the names are those of `axis`."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3.2)
