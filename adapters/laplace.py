@@ -145,7 +145,7 @@ class LastLayerPosterior(nn.Module):
             found = [_best_precision(blocks)]
         else:
             found = [_best_precision([block]) for block in blocks]
-        self.prior_precision = _prior_pair(torch.tensor(found)).to(self.weight)
+        self.prior_precision = _prior_pair(torch.tensor(found, dtype=torch.float64)).to(self.weight)
         return self.prior_precision
 
     def functional_variance(self, penultimate: Tensor) -> Tensor:

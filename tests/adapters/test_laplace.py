@@ -1,4 +1,4 @@
-"""The closed-form posterior against laplace-torch, dense matrices, automatic differentiation and brute-force sampling."""
+"""The closed-form posterior against laplace-torch, dense matrices, autograd and brute-force sampling."""
 
 from pathlib import Path
 
