@@ -81,6 +81,7 @@ class LastLayerPosterior(nn.Module):
         targets = _check_rows(penultimate, labels, inputs, classes)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
+        self.prior_precision = self.prior_precision.to(weight)
         self.curvature = curvature_class(self.structure)(inputs, classes, bias is not None).to(weight)
         total: list[Tensor] = []
         log_likelihood = weight.new_zeros(())
@@ -233,8 +234,12 @@ def mutual_information(
 
 def _prior_pair(value: float | Tensor) -> Tensor:
     """One or two positive numbers as [2] (weight, bias); keeps the gradient."""
-    pair = torch.as_tensor(value)
-    pair = (pair if pair.is_floating_point() else pair.double()).reshape(-1)
+    pair = (
+        value
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else torch.as_tensor(value, dtype=torch.float64)
+    )
+    pair = pair.reshape(-1)
     if pair.numel() not in (1, 2) or not bool(((pair > 0) & torch.isfinite(pair)).all()):
         raise OptionError(f"prior_precision={value} was given; expected one positive number, or two (weight, bias)")
     return pair.expand(2)
