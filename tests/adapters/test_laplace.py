@@ -82,7 +82,9 @@ def test_agrees_with_laplace_torch(structure: str, bias: bool) -> None:
     compare()
     assert float(ours.log_marginal_likelihood()) == pytest.approx(float(other.log_marginal_likelihood()), abs=1e-9)
     changed = ours.log_marginal_likelihood(3.3)
-    assert float(changed) == pytest.approx(float(other.log_marginal_likelihood(torch.tensor(3.3).double())), abs=1e-9)
+    assert float(changed) == pytest.approx(
+        float(other.log_marginal_likelihood(torch.tensor(3.3, dtype=torch.float64))), abs=1e-9
+    )
     if bias:  # one precision for the weight and one for the bias
         two = torch.tensor([0.3, 4.0], dtype=torch.float64)
         per_parameter = torch.cat([two[:1].expand(weight.numel()), two[1:].expand(len(weight))])
