@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -55,6 +56,8 @@ def load_image(image: Any) -> Image.Image | Tensor:
             return to_pil(opened)
     if isinstance(image, Image.Image):
         image.load()
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return Image.fromarray(image)  # the usual array needs no more checks: they cost as much as a small network
     return torch.as_tensor(image) if is_ready(image) else to_pil(image)
 
 

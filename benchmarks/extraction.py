@@ -103,9 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} threads, {arguments.workers} workers")
-    print(
-        f"{'backbone':28} {'images':>7} {'bare/s':>8} {'extract/s':>9} {'wall':>6} {'CPU':>6}   wall ratios of the pairs"
-    )
+    print(f"{'backbone':28} {'images':>7} {'bare/s':>8} {'extract/s':>9} {'wall':>6} {'CPU':>6}   all wall ratios")
     for case in cases(arguments.device, arguments.scale):
         images, labels = case.data()
         spent: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": []}  # wall and CPU seconds
