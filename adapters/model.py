@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -119,8 +119,8 @@ class UncertainModel(nn.Module):
     def __init__(self, backbone: Backbone, heads: Sequence[Head]) -> None:
         super().__init__()
         self.backbone = backbone
-        self.heads = nn.ModuleDict()
-        self.held_out = nn.ModuleDict()
+        self.heads = cast("MutableMapping[str, Head]", nn.ModuleDict())
+        self.held_out = cast("MutableMapping[str, HeldOutScores]", nn.ModuleDict())
         self.report: dict[str, dict[str, Any]] = {}
         self.fitted_on: dict[str, Any] = {}
         self.fitted_heads: set[str] = set()
@@ -143,7 +143,7 @@ class UncertainModel(nn.Module):
     def each_head(self) -> Iterator[tuple[str, Head, HeldOutScores]]:
         """Name, head and held-out scores of every head, the first one first."""
         for name, head in self.heads.items():
-            yield name, cast(Head, head), cast(HeldOutScores, self.held_out[name])
+            yield name, head, self.held_out[name]
 
     @property
     def device(self) -> torch.device:
