@@ -185,9 +185,10 @@ class LaplaceHead(Head):
             self._found = {"classifier": "backbone", "classes": classes}
             return f.penultimate, own[0], own[1], {"classifier": "the backbone's own"}
         if f.label is None:
+            reason = "classifier='probe'" if wanted == "probe" else data.classifier_reason or "it has none"
             raise DataError(
                 "the laplace head needs a linear classifier, or labels to fit one: the data has no labels, and the "
-                f"backbone's classifier is not taken ({data.classifier_reason or f'classifier={wanted!r}'})"
+                f"backbone's classifier is not taken ({reason})"
             )
         probe = fit_linear_probe(
             f.embedding, f.label, train=data.train, held_out=data.held_out, seed=data.options.seed, device=data.device
