@@ -1,12 +1,16 @@
-"""The `posthoc` command: fit, predict, info, check, cache."""
+"""The `posthoc` command: demo, fit, predict, info, check, cache."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +21,18 @@ from . import __version__
 from .adapters.errors import OptionError, PosthocError
 
 EXAMPLES = {
+    "demo": "Example: posthoc demo",
     "fit": "Example: posthoc fit resnet50.a1_in1k photos/ --head kappa loss --output adapter/",
     "predict": "Example: posthoc predict adapter/ new-photos/ --output scores.csv --abstain 0.95",
     "info": "Example: posthoc info adapter/",
     "check": "Example: posthoc check resnet50.a1_in1k",
     "cache": "Example: posthoc cache --prune --older-than-days 30",
 }
+
+
+@dataclass
+class Demo:
+    """Give a real ImageNet network an uncertainty and check it by eye: unseen classes, blur, errors, and a picture."""
 
 
 @dataclass
@@ -40,30 +50,45 @@ class Fit:
     checkpoint: Path | None = None
     """local weights, .safetensors or .pth"""
     pretrained: bool = True
+    """with the model's pretrained weights"""
+    split: str = "train"
+    """of a hub data set, or of a folder of splits"""
     positives: str = "auto"
-    """labels, soft-labels, views, or a column's name"""
+    """which images belong together: labels, soft-labels, views, a column's name; auto: labels if there are any"""
     views: int = 8
+    """augmented views of each image, where positives are views"""
     validation: float = 0.1
+    """share of the rows that is held out"""
+    group: str | None = None
+    """column whose rows of one value fall on one side of that split"""
     epochs: int | None = None
+    """default: each head's own"""
     lr: float | None = None
+    """default: each head's own"""
     batch_size: int = 512
+    """rows in a training step"""
     seed: int = 0
+    """of the split and the training"""
     device: str | None = None
+    """default: the CPU"""
     cache_dir: Path | None = None
+    """feature store; default: $POSTHOC_CACHE or ~/.cache/posthoc/features"""
     run_dir: Path | None = None
     """where metrics and checkpoints go, from which the same fit resumes"""
 
     def run(self) -> None:
+        from .adapters.data import open_source
         from .adapters.model import wrap
 
         model = wrap(
             self.model, list(self.head), pretrained=self.pretrained, checkpoint=self.checkpoint, device=self.device
         )
         model.fit(
-            self.data,
+            open_source(self.data, self.split),
             positives=self.positives,
             views=self.views,
             validation=self.validation,
+            group=self.group,
             epochs=self.epochs,
             lr=self.lr,
             batch_size=self.batch_size,
@@ -73,9 +98,9 @@ class Fit:
         )
         folder = model.save_pretrained(self.output)
         for name, report in model.report.items():
-            held_out = report["held_out"]
-            print(f"{name}: {report['rows']} rows in {report['seconds']:.1f} s; held-out scores {held_out}")
-        print(f"adapter written to {folder}")
+            spread = _spread(report["held_out"])
+            _tell(f"{name}: fitted on {report['rows']} rows in {report['seconds']:.1f} s; {spread}")
+        _tell(f"adapter written to {folder}")
 
 
 @dataclass
@@ -97,36 +122,49 @@ class Predict:
     checkpoint: Path | None = None
     """local weights of that backbone"""
     revision: str | None = None
+    """branch, tag or commit of a hub id"""
+    split: str = "test"
+    """of a hub data set, or of a folder of splits"""
     batch_size: int = 64
+    """images in one pass"""
 
     def run(self) -> None:
-        from .adapters.backbone import build_backbone
         from .adapters.data import open_source
+        from .adapters.distributed import check_launch
         from .adapters.model import load
 
         if self.output.suffix not in (".csv", ".parquet"):
             raise OptionError(f"--output {self.output} was given; expected a file that ends in .csv or .parquet")
-        backbone = None
-        if self.checkpoint is not None:
-            name = self.backbone or load_name(self.adapter, self.revision)
-            backbone = build_backbone(name, checkpoint=self.checkpoint)
-        model = load(self.adapter, self.revision, self.backbone if backbone is None else backbone)
+        model = load(self.adapter, self.revision, self._backbone())
         head = self.head or next(iter(model.heads))
         threshold = None if self.abstain is None else model.threshold(coverage=self.abstain, head=head)
-        source = open_source(self.data)
+        source = open_source(self.data, self.split)
         prediction = model.predict(source, fields=("uncertainty",), batch_size=self.batch_size)[head]
         score, percentile = prediction.uncertainty.tolist(), prediction.percentile.tolist()
         columns: dict[str, list[Any]] = {
-            "path": source.names() or [str(i) for i in range(len(score))],
+            "path": source.names() or [str(row) for row in range(len(score))],
             "label": labels_of(source, len(score)),
             "uncertainty": score,
             "percentile": percentile,
         }
         if threshold is not None:
             columns["abstain"] = [u > threshold for u in score]
-        write_table(self.output, columns)
+        check_launch().on_main(lambda: write_table(self.output, columns))
         kept = "" if threshold is None else f"; abstaining on {sum(columns['abstain'])} above {threshold:.6g}"
-        print(f"{len(score)} images scored by {head!r} ({model.kinds()[head]}), written to {self.output}{kept}")
+        _tell(f"{len(score)} images scored by {head!r} ({model.kinds()[head]}), written to {self.output}{kept}")
+
+    def _backbone(self) -> Any:
+        """The backbone as far as the options name one; None: as the adapter names it."""
+        if self.checkpoint is None:
+            return self.backbone
+        from .adapters.backbone import build_backbone
+
+        described = read_adapter(self.adapter, self.revision).backbone
+        if self.backbone is None and described.source == "module":
+            raise OptionError(
+                "this adapter belongs to a module of one's own: load it in Python with posthoc.load(..., backbone=...)"
+            )
+        return build_backbone(self.backbone or described.name, checkpoint=self.checkpoint)
 
 
 @dataclass
@@ -136,6 +174,7 @@ class Info:
     adapter: Positional[str]
     """folder, or hub id"""
     revision: str | None = None
+    """branch, tag or commit of a hub id"""
     json: bool = False
     """print the whole configuration"""
 
@@ -152,9 +191,14 @@ class Info:
             print(f"fingerprint  {scope}: {value}")
         for head in config.heads:
             print(f"head         {head.name} ({head.kind}): {head.options}")
-            print(f"             held-out scores: {head.report.get('held_out')}")
-        print(f"data         {config.data}")
-        print(f"size         {config.weights.bytes:,} bytes; schema {config.schema_version}; {config.versions}")
+            print(f"             {_spread(head.held_out)}")
+        fit = config.fit
+        print(f"data         {config.data.get('kind')} {config.data.get('name', '')}, {config.data.get('rows')} rows")
+        print(
+            f"fit          positives {fit.get('positives')}, seed {fit.get('seed')}, held out {fit.get('held_out_rows')}"
+        )
+        print(f"size         {config.weights.bytes:,} bytes; schema {config.schema_version}")
+        print(f"written by   {', '.join(f'{name} {version}' for name, version in config.versions.items())}")
 
 
 @dataclass
@@ -166,6 +210,7 @@ class Check:
     pretrained: bool = False
     """with the pretrained weights, which are then downloaded"""
     device: str | None = None
+    """default: the CPU"""
 
     def run(self) -> None:
         from .adapters.backbone import build_backbone
@@ -185,8 +230,11 @@ class Cache:
     prune: bool = False
     """delete what the other options name; with none of them, everything"""
     older_than_days: float | None = None
+    """what was not used for so long"""
     keys: tuple[str, ...] = ()
+    """what has a key that begins so"""
     partial_only: bool = False
+    """what is unfinished"""
 
     def run(self) -> None:
         from .adapters.store import default_cache_dir, list_stores, prune
@@ -205,15 +253,17 @@ class Cache:
 
 
 def labels_of(source: Any, rows: int) -> list[Any]:
-    """The label of each row as far as the data has any, without decoding an image."""
+    """The label of each row as far as the data has any (a class folder's by name), without decoding an image."""
     from .adapters.errors import DataError
     from .adapters.source_base import LABEL_COLUMNS
 
     for name in LABEL_COLUMNS:
         try:
-            return list(source.column(name).tolist())
+            labels = source.column(name).tolist()
         except DataError:
             continue
+        names = getattr(source, "classes", None)
+        return [names[label] for label in labels] if names else labels
     return [None] * rows
 
 
@@ -225,35 +275,44 @@ def read_adapter(address: str, revision: str | None) -> Any:
     return read_config(locate(address, revision))
 
 
-def load_name(address: str, revision: str | None) -> str:
-    """The timm name of the backbone an adapter was fitted on."""
-    described = read_adapter(address, revision).backbone
-    if described.source == "module":
-        raise OptionError(
-            "this adapter belongs to an own module: load it in Python with posthoc.load(..., backbone=...)"
-        )
-    return str(described.name)
-
-
 def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
-    """Write columns of equal length under a temporary name, then rename."""
-    part = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+    """Write columns of equal length under a temporary name, then rename. Raises PosthocError when it cannot."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.table(columns), part)
-    else:
-        with part.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
-    part.replace(path)
+            pyarrow.parquet.write_table(pyarrow.table(columns), part)
+        else:
+            with part.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(columns)
+                writer.writerows(zip(*columns.values(), strict=True))
+        part.replace(path)
+    except OSError as error:
+        raise PosthocError(f"cannot write {path}: {error}") from error
+
+
+def _tell(line: str) -> None:
+    """Print from the main process of a launch."""
+    from .adapters.distributed import check_launch
+
+    if check_launch().is_main:
+        print(line)
+
+
+def _spread(held_out: dict[str, Any]) -> str:
+    """A head's held-out scores in one line."""
+    shown = ", ".join(f"{name} {held_out[name]:.4g}" for name in ("q05", "median", "q95") if name in held_out)
+    return f"{held_out.get('rows', 0)} held-out scores: {shown}"
 
 
 def _commands() -> Any:
     commands: dict[str, type] = {"fit": Fit, "predict": Predict, "info": Info, "check": Check, "cache": Cache}
+    if find_spec(f"{__package__}.recipes.demo"):
+        commands = {"demo": Demo, **commands}
     annotated: Iterable[Any] = [
         Annotated[c, subcommand(name=n, description=f"{c.__doc__}\n\n{EXAMPLES[n]}")] for n, c in commands.items()
     ]
@@ -263,17 +322,39 @@ def _commands() -> Any:
     return union
 
 
+def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["demo"]:
+        _demo(arguments[1:])
+        return
+    description = "posthoc: honest uncertainty for any pretrained vision model, after the fact."
+    command = tyro.cli(_commands(), prog="posthoc", description=description, args=arguments)
+    command.run()
+
+
+def _demo(arguments: list[str]) -> None:
+    """The demo brings its own options; it is imported only when it is asked for."""
+    try:
+        demo: Any = import_module(".recipes.demo", __package__)
+    except ImportError as error:
+        raise PosthocError(f"the demo needs {error.name}: pip install 'posthoc[demo]'") from error
+    description = f"{Demo.__doc__}\n\n{EXAMPLES['demo']}"
+    demo.main(tyro.cli(demo.DemoOptions, prog="posthoc demo", description=description, args=arguments))
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"posthoc: warning: {message}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; a `PosthocError` is one line on stderr and exit status 2."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments in (["--version"], ["-V"]):
         print(f"posthoc {__version__}")
         return
-    description = "posthoc: honest uncertainty for any pretrained vision model, after the fact."
-    command = tyro.cli(_commands(), prog="posthoc", description=description, args=arguments)
-    run: Callable[[], None] = command.run
     try:
-        run()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            _run(arguments)
     except PosthocError as error:
         print(f"posthoc: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -83,7 +83,7 @@ def noise(shape: Sequence[int]) -> Tensor:
 
 
 def timm_probes(preprocessing: dict[str, Any]) -> Iterator[Tensor]:
-    """Its own size, but where a network is said to take any size two cheaper ones first; some need more than 64 pixels."""
+    """Its own size, but two cheaper ones first where a network is said to take any; some need more than 64 pixels."""
     channels, *size = preprocessing["input_size"]
     if not preprocessing["fixed_input_size"]:
         yield from (noise([channels, side, side]) for side in (64, 128) if side < min(size))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -248,7 +247,6 @@ def _dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-@lru_cache(maxsize=1)
 def _debye() -> list[list[float]]:
     """Coefficients c[m][j] of Debye's polynomials u_m(p) = p^m sum_j c[m][j] p^(2j), by their recurrence."""
     u = [[Fraction(1)]]
@@ -262,10 +260,13 @@ def _debye() -> list[list[float]]:
     return [[float(c) for c in row] for row in u]
 
 
+_DEBYE = _debye()
+
+
 def _debye_sums(s: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
     """U = sum_m u_m / N^m and the companion sum of its logarithmic derivative, at p^2 = `square`, s = N / p."""
     total, slope = torch.zeros_like(s), torch.zeros_like(s)
-    for m, row in reversed(list(enumerate(_debye()))):
+    for m, row in reversed(list(enumerate(_DEBYE))):
         value, derived = torch.zeros_like(s), torch.zeros_like(s)
         for j, c in reversed(list(enumerate(row))):
             value = value * square + c

@@ -225,35 +225,36 @@ def _fingerprint_problems(backbone: Backbone) -> list[str]:
         next(value for value in dependent_tensors(twin, own).values() if value.numel()).view(-1)[0] += 1
     if fingerprint(twin) == before:
         problems.append("a changed weight does not change the fingerprint of the embedding")
-    if backbone.fingerprint("logits") == before:
-        problems.append("the fingerprint of the logits leaves the classifier out")
+    if own and len(dependent_tensors(backbone.module)) == len(dependent_tensors(backbone.module, own)):
+        problems.append(f"the classifier ({', '.join(own)}) has no weights")
     return problems
 
 
 def page(rows: list[Row]) -> str:
     """The text of docs/backbones.md."""
-    built = [row for row in rows if row.not_built is None]
-    families = len({row.family for row in rows})
-    linear = len({row.family for row in built if row.classifier is not None})
+    built = {row.family for row in rows if row.not_built is None}
+    linear = {row.family for row in rows if row.classifier is not None}
     lines = [
         "# Backbones",
         "",
         "Written by `docs/make_backbones.py` from what the library itself finds; a test compares this page with it.",
         "",
-        f"timm {timm.__version__} has {families} families; {len({row.family for row in built})} can be built here, and of "
-        f"each a small network with random weights and {CLASSES} classes was examined. All of them give an embedding [B,D] "
-        "and the very logits of the network in one pass, and a fingerprint of the embedding that does not depend on the "
-        f"classifier. {linear} families have a network with one linear classifier, which the heads that need one use "
-        "(`model.backbone.classifier()`); for the others it is refused, for the reason in the table.",
+        f"timm {timm.__version__} has {len({row.family for row in rows})} families. {len(built)} of them can be built here; a",
+        f"small network of each, with random weights and {CLASSES} classes, was examined. Each gives, in one pass, an",
+        "embedding [B,D] and the logits that the network itself gives, and has a fingerprint that does not depend on the",
+        f"classifier. {len(linear)} families have a network with one linear classifier, which the heads that need one use",
+        "(`model.backbone.classifier()`). For the others it is refused, for the reason in the last column.",
         "",
-        "- **linear**: logits = linear(embedding). **deep linear**: further layers lie between the embedding and the last",
-        "  linear layer, whose input (`penultimate`) is then another thing than the embedding. **1x1 convolution**: on",
-        "  pooled maps, the same as a linear layer; it is given as one.",
-        "- **several classifiers**: the logits are their mean (or another mixture), which no one linear layer gives.",
-        "  Kappa and temperature heads need no classifier; a head that needs one trains its own on the stored features.",
-        "  `classifier_layer=` takes one of the classifiers alone; the logits are then that layer's.",
-        "- A network built with `num_classes=0` has no logits. Where the last layer is a projection rather than a classifier",
-        "  (CLIP in timm), `classifier_layer=False` leaves it out.",
+        "- **linear**: logits = linear(embedding).",
+        "- **deep linear**: further layers lie between the embedding and the last linear layer, so that this layer's input",
+        "  (`penultimate`) is another thing than the embedding.",
+        "- **1x1 convolution**: on pooled maps that is a linear layer, and it is given as one.",
+        "- **several classifiers**: the logits are their mean or another mixture, and no one linear layer gives them. Kappa",
+        "  and temperature heads need none; a head that does can train a linear classifier of its own on the stored",
+        "  features. `classifier_layer=` takes one of the classifiers alone; the logits are then those of that layer.",
+        "",
+        "A network built with `num_classes=0` has no logits. Where the last layer is a projection and no classifier (timm's",
+        "CLIP networks), `classifier_layer=False` leaves it out.",
         "",
         "| family | examined | embedding | last-layer input | classifier | kind |",
         "|---|---|---|---|---|---|",

@@ -1,15 +1,22 @@
 """The command line on a folder of real digits: fit, predict, info, check, cache."""
 
+from __future__ import annotations
+
 import csv
+import json
+import warnings
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from posthoc.cli import main
+import posthoc
+from posthoc.cli import main, write_table
 
 NAME = "test_vit"  # 0.4 M parameters
 
@@ -19,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     root = tmp_path_factory.mktemp("digits")
     for i in np.flatnonzero(digits.target < 3)[:90]:
-        at = root / str(digits.target[i])
+        at = root / ("zero", "one", "two")[digits.target[i]]
         at.mkdir(exist_ok=True)
         Image.fromarray((digits.images[i] * 15).astype(np.uint8)).resize((64, 64)).save(at / f"{i}.png")
     return root
@@ -27,8 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import timm
-
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = timm.create_model(NAME, pretrained=False)
@@ -57,17 +62,26 @@ def test_a_folder_is_fitted_scored_and_described(
     told = capsys.readouterr().out
     assert NAME in told
     assert "kappa (aleatoric)" in told
+    assert "held-out scores: q05" in told
     main(["cache"])
     assert "90 rows" in capsys.readouterr().out
 
 
-def test_parquet_is_written_too(folder: Path, weights: Path, tmp_path: Path) -> None:
+def test_parquet_is_written_too_and_a_warning_is_one_line(
+    folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     adapter, table = tmp_path / "adapter", tmp_path / "scores.parquet"
     fit = ["fit", NAME, str(folder), "--checkpoint", str(weights), "--head", "loss", "--output", str(adapter)]
     main([*fit, "--epochs", "1", "--batch-size", "32"])
-    main(["predict", str(adapter), str(folder), "--checkpoint", str(weights), "--output", str(table)])
-    import pyarrow.parquet
-
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["preprocessing"]["mean"] = [0.0, 0.0, 0.0]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as on a command line; in tests they are errors
+        main(["predict", str(adapter), str(folder), "--checkpoint", str(weights), "--output", str(table)])
+    told = [line for line in capsys.readouterr().err.splitlines() if "another preprocessing" in line]
+    assert len(told) == 1
+    assert told[0].startswith("posthoc: warning: ")
     assert pyarrow.parquet.read_table(table).column_names == ["path", "label", "uncertainty", "percentile"]
 
 
@@ -78,7 +92,7 @@ def test_check_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert "head" in told
 
 
-@pytest.mark.parametrize("arguments", [["check", "resnet5O"], ["info", "no-such-folder/at-all"]])
+@pytest.mark.parametrize("arguments", [["check", "resnet5O"], ["info", "./no-such-folder"]])
 def test_our_errors_are_one_line_and_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -93,8 +107,12 @@ def test_every_help_teaches_by_an_example(command: str, capsys: pytest.CaptureFi
     assert f"Example: posthoc {command}" in capsys.readouterr().out
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    import posthoc
+def test_a_table_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(posthoc.PosthocError, match="cannot write"):
+        write_table(tmp_path / "file" / "table.csv", {"a": [1]})
 
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--version"])
     assert capsys.readouterr().out.split() == ["posthoc", posthoc.__version__]
