@@ -52,7 +52,7 @@ def open_source(data: Any, split: str = "train") -> Source:
         return ArraySource(data)
     if isinstance(data, Image.Image):
         return ListSource([data])
-    if isinstance(data, tuple) and len(data) == 2 and _are_labels(data[1]):
+    if isinstance(data, tuple) and len(data) == 2 and _are_labels(data[1]) and not _are_grey(data):
         images, labels = data
         return (
             ArraySource(images, labels) if isinstance(images, np.ndarray | torch.Tensor) else _open_list(images, labels)
@@ -69,8 +69,13 @@ def open_source(data: Any, split: str = "train") -> Source:
 
 def _are_labels(value: Any) -> bool:
     if isinstance(value, np.ndarray | torch.Tensor):
-        return value.ndim in (1, 2) and not (value.ndim == 2 and value.shape[1] == 1)
+        return value.ndim in (1, 2)
     return isinstance(value, list | tuple) and not any(isinstance(v, str | Path | Image.Image) for v in value[:1])
+
+
+def _are_grey(pair: tuple[Any, Any]) -> bool:
+    """Whether both are an image [H,W] rather than images and their labels."""
+    return all(getattr(part, "ndim", 0) == 2 and str(part.dtype) in ("uint8", "torch.uint8") for part in pair)
 
 
 def _open_list(images: Any, labels: Any = None) -> Source:

@@ -190,8 +190,9 @@ class HFSource(Source):
         storage = dataset.data.column(image).type if image else None
         if storage is None or "path" not in [field.name for field in getattr(storage, "fields", [])]:
             return None
-        # Only the paths are read, not the bytes beside them.
-        return list(dataset.select_columns([image]).flatten()[:][f"{image}.path"])
+        paths = f"{image}.path"  # selected before anything is read: the bytes beside them may be many
+        found = list(dataset.select_columns([image]).flatten().select_columns([paths])[:][paths])
+        return None if None in found else found
 
     def _fingerprint(self, progress: bool) -> str:
         return digest("hf", self.dataset_fingerprint)
@@ -212,7 +213,8 @@ class StreamSource(Source):
 
     Fingerprint: where every underlying file is named (local files by size and time, hub files by the revision in
     their address) or is a `datasets.Dataset`, a hash of those and of all steps on them. Otherwise the content cannot
-    be known from outside, and the whole stream is read once to hash it, images undecoded.
+    be known from outside, and the whole stream is read once to hash it, images undecoded; a `fingerprint` attribute
+    (a string that changes whenever the data does) spares that.
     """
 
     kind = "stream"
@@ -249,6 +251,9 @@ class StreamSource(Source):
         return np.asarray([value[name] for value in dataset])
 
     def _fingerprint(self, progress: bool) -> str:
+        own = getattr(self.original, "fingerprint", None)
+        if isinstance(own, str):
+            return digest("own", type(self.original).__qualname__, own)
         identity = _stream_identity(self.original) if self.hf else None
         if identity is not None:
             return identity

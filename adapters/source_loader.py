@@ -146,7 +146,8 @@ def workers_for(source: Source, device: torch.device, processes: int = 1) -> int
         return source.num_workers
     if device.type == "cpu":
         return 0  # the backbone already uses every core
-    return min(8, len(os.sched_getaffinity(0)) // processes if hasattr(os, "sched_getaffinity") else 4)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)  # processes that share this machine's cores
+    return min(8, len(os.sched_getaffinity(0)) // here if hasattr(os, "sched_getaffinity") else 4)
 
 
 def read_batches(

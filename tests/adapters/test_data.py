@@ -25,7 +25,7 @@ from torch.utils.data import (
 
 from posthoc.adapters.data import open_source
 from posthoc.adapters.errors import DataError
-from posthoc.adapters.source_loader import load_image
+from posthoc.adapters.source_loader import load_image, workers_for
 
 ROWS = 12
 IMAGES = np.random.default_rng(0).integers(0, 256, (ROWS, 20, 16, 3), dtype=np.uint8)
@@ -186,6 +186,12 @@ def test_float_arrays_are_taken_as_preprocessed() -> None:
     torch.testing.assert_close(image, torch.from_numpy(ready[1]).float())
 
 
+def test_a_pair_of_grey_images_is_not_images_and_labels() -> None:
+    grey = IMAGES[0, :, :, 0], IMAGES[1, :, :, 0]
+    for pair in (grey, tuple(torch.from_numpy(image) for image in grey)):
+        assert open_source(pair).length == 2
+
+
 def test_a_loaders_subset_of_rows_is_kept_and_its_shuffling_is_not() -> None:
     loader = DataLoader(Pairs(), sampler=SubsetRandomSampler([8, 1, 5]), num_workers=1)
     source = open_source(loader)
@@ -199,6 +205,7 @@ def test_a_loaders_subset_of_rows_is_kept_and_its_shuffling_is_not() -> None:
         (LABELS - 1, "row 0, -1, is negative"),
         (LABELS[:5], "5 labels for 12 images"),
         (np.linspace(0, 1, ROWS), "class indices"),
+        (LABELS[:, None], "class indices"),
         (np.ones((ROWS, 3)), "not a distribution.*divide vote counts"),
         ([None, *LABELS.tolist()[1:]], "1 of 12 images have no label"),
     ],
@@ -216,6 +223,7 @@ def test_unusable_labels_are_refused(labels: Any, message: str) -> None:
         ([], "empty"),
         (IMAGES[0], "leading axis"),
         (IMAGES.astype(np.float32), "already preprocessed"),
+        ((np.ones((ROWS, 64), np.float32), LABELS), r"float32 \[12, 64\]"),
         (["a.png", 3], "list of int, str"),
         (datasets.Dataset.from_dict({"photo": [1], "kind": [0]}), "columns are 'photo', 'kind'"),
         (datasets.DatasetDict(test=datasets.Dataset.from_dict({"image": [1]})), "no split 'train'.*'test'"),
@@ -265,6 +273,7 @@ def test_files_have_names(tmp_path: Path) -> None:
     for data in (folder, paths, by_path, torchvision.datasets.ImageFolder(folder)):
         assert open_source(data).names() == paths
     assert open_source(IMAGES).names() is None
+    assert open_source(hf_dataset()).names() is None  # images without a file
 
 
 def changed(row: int) -> np.ndarray:
@@ -322,6 +331,15 @@ def test_torchvisions_transform_is_part_of_the_fingerprint(monkeypatch: pytest.M
     assert [a == b for a, b in zip(prints, again, strict=True)] == [True] * 6
 
 
+def test_workers_share_the_cores_of_their_own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
+    source, gpu = open_source(IMAGES), torch.device("cuda")
+    assert workers_for(source, gpu, 4) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two of the four processes run here
+    assert workers_for(source, gpu, 4) == 6
+    assert workers_for(source, torch.device("cpu"), 4) == 0
+
+
 def test_a_data_sets_own_fingerprint_is_used_and_no_item_is_read() -> None:
     data = Pairs()
     data.fingerprint = "version 1"  # type: ignore[attr-defined]
@@ -329,6 +347,18 @@ def test_a_data_sets_own_fingerprint_is_used_and_no_item_is_read() -> None:
     data.fingerprint = "version 2"  # type: ignore[attr-defined]
     assert open_source(data).fingerprint() != first
     assert data.reads == 0
+
+
+def test_a_streams_own_fingerprint_is_used_and_no_item_is_read() -> None:
+    class Endless(IterableDataset):
+        def __init__(self, version: str) -> None:
+            self.fingerprint = version
+
+        def __iter__(self) -> Iterator[Any]:
+            raise AssertionError("read")
+
+    prints = [open_source(Endless(version)).fingerprint() for version in ("1", "1", "2")]
+    assert prints[0] == prints[1] != prints[2]
 
 
 def test_a_streams_identity_follows_its_file_and_its_steps(tmp_path: Path) -> None:
