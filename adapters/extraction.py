@@ -154,7 +154,7 @@ class Extraction:
                         write(chunk)
                     chunk = Chunk(index)
                 self._collect(chunk, batch)
-                bar.update(len(batch.row) * self.views)
+                bar.update((len(batch.row) + len(batch.broken)) * self.views)
             if chunk is not None:
                 write(chunk)
             if writing is not None:

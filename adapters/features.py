@@ -210,7 +210,7 @@ def _own(features: Features, backbone: Backbone, views: int) -> Features:
             f"these features were made by another backbone ({made_by[:16]}...) than this one "
             f"({backbone.fingerprint('logits')[:16]}...); extract them again with this one"
         )
-    if features.embedding.shape[-1] != backbone.embedding_dim:
+    if made_by is None and features.embedding.shape[-1] != backbone.embedding_dim:
         raise DataError(
             f"these features have {features.embedding.shape[-1]} dimensions, this backbone's {backbone.embedding_dim}"
         )
