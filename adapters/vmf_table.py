@@ -22,6 +22,7 @@ SPACING, LAST = 0.1, 17.0  # nodes in y; beyond the last the scaled function is 
 SMOOTH_DIM = 8  # from here on one polynomial in x does; below it the range of x is cut in cells
 WINDOW = 12.0  # standard deviations around the mode that hold all the mass
 DEGREES = ((10, 12), (16, 10), (24, 8), (64, 6), (256, 5))  # dimension below which, degree
+HIGHEST = 1.0 - 1e-6  # half chords end a little below 1, for sqrt(1 - h^2) is divided by
 CHUNK = 1 << 14  # kappas looked up at once
 CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # where tables are built
 
@@ -114,9 +115,13 @@ class CosineTable:
         self.cells = 1 if dim >= SMOOTH_DIM else 16
         self.width = 2.0 * REACH / self.cells
         degree = _degree(dim)
-        local, solve = _fit(range(degree + 1), REACH if self.cells == 1 else None)
-        centre = self.width * (torch.arange(self.cells, **CPU) + 0.5) - REACH
-        score = centre[:, None] + 0.5 * self.width * local  # [cells, points]
+        if self.cells == 1:
+            points, solve = _score_fit(range(degree + 1))
+            score = points[None]
+        else:
+            points, solve = _fit(range(degree + 1), torch.ones(degree + 1, **CPU))
+            centre = self.width * (torch.arange(self.cells, **CPU) + 0.5) - REACH
+            score = centre[:, None] + 0.5 * self.width * points  # [cells, points]
         y = torch.arange(0.0, LAST + 0.5 * SPACING, SPACING, **CPU)[:, None, None]
         kappa = 0.5 * (dim - 1) * torch.sinh(y)
         exact = solve_quantile(kappa, score[None], dim)
@@ -151,17 +156,14 @@ class CosineTable:
 
     def _look_up(self, kappa: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = (c.to(score.dtype) for c in self.coefficients(kappa))
-        x = score.clamp(-REACH, REACH)
         if self.cells == 1:
-            x = x / REACH
-            h, dh = horner(value.squeeze(-2), x), horner(slope.squeeze(-2), x)
+            h, dh = horner(value.squeeze(-2), score), horner(slope.squeeze(-2), score)
         else:
-            place = (x + REACH) / self.width
+            place = (score.clamp(-REACH, REACH) + REACH) / self.width
             cell = place.long().clamp(max=self.cells - 1)
             x = 2.0 * (place - cell) - 1.0
             h, dh = _horner_in_cells(value, cell, x), _horner_in_cells(slope, cell, x)
-        inside = (h > 0.0) & (h < 1.0)
-        return h.clamp_(0.0, 1.0), dh.mul_(inside)
+        return h.clamp_(0.0, HIGHEST), dh
 
 
 def horner(coefficients: Tensor, x: Tensor) -> Tensor:
@@ -182,21 +184,26 @@ def _horner_in_cells(coefficients: Tensor, cell: Tensor, x: Tensor) -> Tensor:
 
 
 def fit_scores(function: Callable[[Tensor], Tensor], powers: range) -> list[float]:
-    """Coefficients, for the given powers of score / 6, of a function of the normal score."""
-    local, solve = _fit(powers, REACH)
-    return (function(REACH * local) @ solve).tolist()
+    """Coefficients of a function of the normal score, for the given powers of it."""
+    score, solve = _score_fit(powers)
+    return (function(score) @ solve).tolist()
 
 
-def _fit(powers: range, reach: float | None) -> tuple[Tensor, Tensor]:
-    """Points [P] in [-1, 1] and the matrix [P, powers] that takes values there to the coefficients that fit them.
+def _score_fit(powers: range) -> tuple[Tensor, Tensor]:
+    """Normal scores [P] and the matrix [P, powers] from values there to the coefficients of the polynomial that fits.
 
-    With a reach in normal scores the fit weighs the points as samples will, widened so that the ends stay sane.
+    The points weigh as samples will find them, widened so that the ends stay sane.
     """
-    points = len(powers) if reach is None else 2 * powers[-1] + 10
-    local = torch.cos(torch.linspace(math.pi, 0.0, points, **CPU))
-    weight = torch.ones_like(local) if reach is None else torch.exp(-((reach * local / 3.0) ** 2))
-    basis = torch.stack([local**p for p in powers], -1)
-    return local, (torch.linalg.pinv(basis * weight[:, None]) * weight).T
+    weight = torch.exp(-((torch.cos(torch.linspace(math.pi, 0.0, 2 * powers[-1] + 10, **CPU)) * REACH / 3.0) ** 2))
+    points, solve = _fit(powers, weight)
+    return REACH * points, solve / REACH ** torch.tensor(list(powers), **CPU)
+
+
+def _fit(powers: range, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As many Chebyshev points in [-1, 1] as weights, and the weighted least-squares solution for values at them."""
+    points = torch.cos(torch.linspace(math.pi, 0.0, len(weight), **CPU))
+    basis = torch.stack([points**p for p in powers], -1)
+    return points, (torch.linalg.pinv(basis * weight[:, None]) * weight).T
 
 
 @lru_cache(maxsize=64)

@@ -18,7 +18,7 @@ from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
 from ..vmf import standard_normal
-from ..vmf_table import REACH, SMOOTH_DIM, cosine_table, fit_scores, horner, solve_quantile
+from ..vmf_table import SMOOTH_DIM, cosine_table, fit_scores, horner, solve_quantile
 
 T_DEGREES = ((10, 13), (16, 11), (24, 9), (48, 7))  # dimension below which, degree; 5 above
 SMALLEST_REST = 7  # dimensions outside the columns' span from which the fit of their length is good
@@ -77,45 +77,46 @@ class _OnSphere:
         self.frame = _frame(anchor_mu, mu)
         h, self.anchor_slope = table.half_chord(anchor_kappa, draws.normal(rows, draws.samples))
         self.anchor = _Chord(h)
+        self.anchor_s = 2.0 * self.anchor.half_s
         self.v = draws.paired(lambda n: self.frame.direction(n, draws))
-        self.z = self.anchor.w[:, None] * self.frame.own[:, :, None] + self.anchor.s[:, None] * self.v
+        self.z = self.anchor.w[:, None] * self.frame.own[:, :, None] + self.anchor_s[:, None] * self.v
         self.a = torch.bmm(self.frame.columns, self.z)
         floor = 1e-12 if mu.dtype == torch.float64 else 1e-6  # a * a is not known better
         self.u = torch.addcmul(self.a.new_ones(()), self.a, self.a, value=-1.0).clamp_(min=floor).sqrt_()
         h, self.slope = table.half_chord(kappa, draws.normal(rows, columns, draws.samples))
         self.column = _Chord(h)
-        self.t = draws.paired(lambda n: _coordinate((rows, columns, n), dim, draws))
-        self.st = self.column.s * self.t
-        self.cosine = torch.addcmul(self.column.w * self.a, self.st, self.u)
+        self.t = draws.paired(lambda n: _twice_coordinate((rows, columns, n), dim, draws))
+        self.st = self.column.half_s * self.t
+        self.cosine = (self.column.w * self.a).addcmul_(self.st, self.u)
 
     def pull_back(self, grad: Tensor) -> Gradients:
-        by_h = self.column.pull_back(grad * self.a, (grad * self.u).mul_(self.t))
         by_a = torch.addcdiv(self.column.w, self.st.mul_(self.a), self.u, value=-1.0).mul_(grad)
         by_z = torch.bmm(self.frame.columns.transpose(1, 2), by_a)
         by_w = (by_z * self.frame.own[:, :, None]).sum(1)
         by_s = (by_z * self.v).sum(1)
-        turned = by_z.mul_(self.anchor.w[:, None]) - self.v * (self.anchor.s * by_w)[:, None]
+        turned = by_z.mul_(self.anchor.w[:, None]).sub_(self.v * (self.anchor_s * by_w)[:, None])
+        by_h = self.column.pull_back(self.a.mul_(grad), self.t.mul_(self.u).mul_(grad))
         return Gradients(
             self.frame.embed(turned.sum(-1)[:, None])[:, 0],
-            (self.anchor.pull_back(by_w, by_s) * self.anchor_slope).sum(-1),
+            (self.anchor.pull_back(by_w, 2.0 * by_s) * self.anchor_slope).sum(-1),
             self.frame.embed(torch.bmm(by_a, self.z.transpose(1, 2))),
             by_h.mul_(self.slope).sum(-1),
         )
 
 
 class _Chord:
-    """Cosine w and sine s of the angle whose half chord is h."""
+    """Cosine w and half the sine s of the angle whose half chord is h."""
 
     def __init__(self, h: Tensor) -> None:
-        square = h * h
+        one = h.new_ones(())
         self.h = h
-        self.root = (1.0 - square).clamp_(min=1e-12).sqrt_()
-        self.w = square.mul_(-2.0).add_(1.0)
-        self.s = (h * self.root).mul_(2.0)
+        self.w = torch.addcmul(one, h, h, value=-2.0)
+        self.root = torch.addcmul(one, h, h, value=-1.0).sqrt_()
+        self.half_s = h * self.root
 
-    def pull_back(self, by_w: Tensor, by_s: Tensor) -> Tensor:
-        """The gradient for h, from those for w and s."""
-        return torch.addcmul((by_s * self.w).div_(self.root).mul_(2.0), by_w, self.h, value=-4.0)
+    def pull_back(self, by_w: Tensor, by_half_s: Tensor) -> Tensor:
+        """The gradient for h, from those for w and s / 2; the second is overwritten."""
+        return by_half_s.mul_(self.w).div_(self.root).addcmul_(by_w, self.h, value=-4.0)
 
 
 class _Frame(NamedTuple):
@@ -135,7 +136,7 @@ class _Frame(NamedTuple):
         if self.basis is None:
             g = draws.normal(rows, coordinates, samples)
             g = g - (g * self.own[:, :, None]).sum(1, keepdim=True) * self.own[:, :, None]
-            return g.div_(g.norm(dim=1, keepdim=True))
+            return g.div_(g.square().sum(1, keepdim=True).sqrt_())
         g = draws.normal(rows, coordinates, samples)
         rest = _length(self.rest, g[:, 0])
         g[:, 0] = 0.0
@@ -199,36 +200,31 @@ def _quarter_turn(mu: Tensor) -> Tensor:
 
 def _angle_slope(h: Tensor, slope: Tensor) -> Tensor:
     """Derivative of the angle 2 asin(h) from that of h."""
-    return 2.0 * slope / (1.0 - h * h).clamp(min=1e-6).sqrt()
+    return 2.0 * slope / (1.0 - h * h).sqrt()
 
 
-def _coordinate(shape: tuple[int, ...], dim: int, draws: Draws) -> Tensor:
-    """One coordinate of uniform points on the sphere S^(dim-2), dim >= 3."""
+def _twice_coordinate(shape: tuple[int, ...], dim: int, draws: Draws) -> Tensor:
+    """Twice one coordinate of uniform points on the sphere S^(dim-2), dim >= 3."""
     if dim < SMOOTH_DIM:  # the first of a uniform point's two coordinates in a plane, in polar form
-        t = torch.cos(2.0 * math.pi * draws.uniform(*shape))
+        t = torch.cos(2.0 * math.pi * draws.uniform(*shape)).mul_(2.0)
         return t if dim == 3 else t * (1.0 - draws.uniform(*shape) ** (2.0 / (dim - 3))).sqrt_()
-    x = draws.normal(*shape).div_(REACH)
-    square = x * x
-    coefficients = _coordinate_fit(dim)
-    total = square * coefficients[-1]
-    for c in coefficients[-2:0:-1]:
-        total.add_(c).mul_(square)
-    return total.add_(coefficients[0]).mul_(x).clamp_(-1.0, 1.0)
+    x = draws.normal(*shape)
+    return horner(x.new_tensor(_coordinate_fit(dim)), x * x).mul_(x)
 
 
 @lru_cache(maxsize=64)
 def _coordinate_fit(dim: int) -> list[float]:
-    """Odd powers' coefficients of that coordinate in the normal score."""
+    """Coefficients of that quantity in the odd powers of the normal score."""
     degree = next((degree for below, degree in T_DEGREES if dim < below), 5)
     uniform = torch.zeros((), dtype=torch.float64)
     return fit_scores(
-        lambda x: 1.0 - 2.0 * solve_quantile(uniform, -x, dim - 1).half_chord ** 2, range(1, degree + 1, 2)
+        lambda x: 4.0 * solve_quantile(uniform, x, dim - 1).half_chord ** 2 - 2.0, range(1, degree + 1, 2)
     )
 
 
 def _length(dim: int, score: Tensor) -> Tensor:
     """Lengths of standard normal vectors of `dim` dimensions, at normal scores of any shape."""
-    return horner(score.new_tensor(_length_fit(dim)), score.div(REACH).reshape(-1)).reshape(score.shape)
+    return horner(score.new_tensor(_length_fit(dim)), score.reshape(-1)).reshape(score.shape)
 
 
 @lru_cache(maxsize=64)
