@@ -17,11 +17,11 @@ from ..positives import FeatureTable, PairSource, draw_negatives
 from ..training import epochs_for, step_generator, train
 from ..vmf import VonMisesFisher, concentration_from_resultant, mean_resultant_length
 from .base import FeatureDims, FitData, Head
-from .common import ScalarNet, check_choice, check_positive, fit_key, held_out_loss, moments, pair_sources
+from .common import LogSumExpNet, check_choice, check_positive, fit_key, held_out_loss, moments, pair_sources
 
 LOWEST_RESULTANT, HIGHEST_RESULTANT, INITIAL_RESULTANT = 0.02, 0.9999, 0.9
 CONE_RESULTANT = 0.3
-STEPS = 2000
+STEPS = 1200
 
 
 class KappaHead(Head):
@@ -35,9 +35,9 @@ class KappaHead(Head):
     Args:
         projection: dimensions of the trained projection, 2 to 128; None keeps the embedding as it is (centred), with a
             warning when the features sit in a cone (mean resultant above 0.3), where kappa runs away.
-        parametrization: "network" (kappa from a small network on the embedding) or "norm" (from the length of the
-            projected embedding).
-        width, depth: of that network's hidden layers.
+        parametrization: "network" (kappa from a small network on the embedding, `LogSumExpNet`) or "norm" (from the
+            length of the projected embedding).
+        width: of that network's one hidden layer.
         concentration: of the loss, its inverse temperature; another quantity than the posterior's kappa.
         learnable: whether the loss's concentration is trained too.
         n_samples, n_negatives: Monte-Carlo samples and negatives per anchor.
@@ -54,21 +54,19 @@ class KappaHead(Head):
 
     def __init__(
         self,
-        projection: int | None = 16,
+        projection: int | None = 8,
         parametrization: str = "network",
         width: int = 64,
-        depth: int = 1,
         concentration: float = 16.0,
         learnable: bool = False,
-        n_samples: int = 16,
-        n_negatives: int = 32,
+        n_samples: int = 32,
+        n_negatives: int = 16,
         calibrate: bool = True,
     ) -> None:
         super().__init__(
             projection=projection,
             parametrization=parametrization,
             width=width,
-            depth=depth,
             concentration=concentration,
             learnable=learnable,
             n_samples=n_samples,
@@ -76,7 +74,7 @@ class KappaHead(Head):
             calibrate=calibrate,
         )
         check_choice(self.name, "parametrization", parametrization, ("network", "norm"))
-        check_positive(self.name, projection=projection, width=width, depth=depth, concentration=concentration)
+        check_positive(self.name, projection=projection, width=width, concentration=concentration)
         check_positive(self.name, n_samples=n_samples, n_negatives=n_negatives)
 
     mean: Tensor
@@ -94,7 +92,7 @@ class KappaHead(Head):
         self.register_buffer("log_range", concentration_from_resultant(bounds, d).log().float())
         self.register_buffer("calibration", torch.ones(()))
         if c["parametrization"] == "network":
-            self.network: ScalarNet | None = ScalarNet(dims.embedding, c["width"], c["depth"])
+            self.network: LogSumExpNet | None = LogSumExpNet(dims.embedding, c["width"])
         else:
             self.network = None
             self.norm_gain, self.norm_bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))

@@ -102,10 +102,25 @@ def test_kappa_starts_where_the_mean_resultant_is_nine_tenths() -> None:
     head = KappaHead(projection=8)
     head.build(fit_data(features).dims)
     with torch.no_grad():
-        for p in head.network.layers[-1].parameters():
+        for p in head.network.scores.parameters():
             p.zero_()
     resultant = outputs(head, features)["resultant"]
     assert resultant.numpy() == pytest.approx(0.9, abs=1e-4)
+
+
+def test_log_mean_exp_network_is_convex_and_standardises() -> None:
+    from posthoc.adapters.heads.common import LogSumExpNet
+
+    generator = torch.Generator().manual_seed(0)
+    net = LogSumExpNet(5, 7).double()
+    net.standardise(torch.full((5,), 2.0), torch.tensor([1.0, 2.0, 4.0, 1.0, 0.0]))
+    a, b = (torch.randn(64, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    with torch.no_grad():
+        assert (net(0.5 * (a + b)) <= 0.5 * (net(a) + net(b)) + 1e-12).all()
+        moved = a + torch.tensor([0.0, 0, 0, 0, 9.0])  # a dimension that never moved in the fit says nothing
+        assert torch.equal(net(moved), net(a))
+        scores = net.scores((a - 2.0) / torch.tensor([1.0, 2.0, 4.0, 1.0, torch.inf]))
+        assert torch.allclose(net(a), scores.exp().mean(-1).log(), atol=1e-12)
 
 
 def test_raw_embeddings_in_a_cone_are_warned_of() -> None:
