@@ -294,7 +294,8 @@ def _check_rows(
         )
     if labels is None:
         return None
-    targets = torch.as_tensor(labels)
+    # a copy: the labels may be a memory map that is only read, which torch warns of
+    targets = labels if isinstance(labels, Tensor) else torch.from_numpy(np.array(labels))
     soft = targets.ndim == 2
     if len(targets) != len(penultimate) or (soft and targets.shape[1] != classes) or targets.ndim not in (1, 2):
         raise DataError(
