@@ -1,7 +1,20 @@
 """Training objectives: one objective, one file, pure torch."""
 
+from .elk import ExpectedLikelihoodKernel
+from .hedged_gaussian import HedgedGaussian
+from .hedged_instance import HedgedInstance
 from .loss_ranking import LossMSE, LossRanking
 from .mcinfonce import MCInfoNCE
+from .pfe import MutualLikelihood
 from .tau import TaU
 
-__all__ = ["LossMSE", "LossRanking", "MCInfoNCE", "TaU"]
+__all__ = [
+    "ExpectedLikelihoodKernel",
+    "HedgedGaussian",
+    "HedgedInstance",
+    "LossMSE",
+    "LossRanking",
+    "MCInfoNCE",
+    "MutualLikelihood",
+    "TaU",
+]

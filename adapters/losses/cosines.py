@@ -9,7 +9,6 @@ for a vector, exactly. Gradients for mean directions move the samples by the sma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -17,8 +16,8 @@ import torch
 from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
-from ..vmf import standard_normal
 from ..vmf_table import SMOOTH_DIM, cosine_table, fit_scores, horner, solve_quantile
+from .draws import Draws
 
 T_DEGREES = ((10, 13), (16, 11), (24, 9), (48, 7))  # dimension below which, degree; 5 above
 SMALLEST_REST = 7  # dimensions outside the columns' span from which the fit of their length is good
@@ -39,27 +38,6 @@ class Sampled(Protocol):
     cosine: Tensor
 
     def pull_back(self, grad: Tensor) -> Gradients: ...
-
-
-class Draws:
-    """Where random numbers come from: a generator, whatever its device, and whether samples come in opposite pairs."""
-
-    def __init__(self, like: Tensor, samples: int, antithetic: bool, generator: torch.Generator | None) -> None:
-        self.like, self.samples, self.antithetic, self.generator = like, samples, antithetic, generator
-
-    def normal(self, *shape: int) -> Tensor:
-        return standard_normal(shape, self.like, self.generator)
-
-    def uniform(self, *shape: int) -> Tensor:
-        device = self.like.device if self.generator is None else self.generator.device
-        return torch.rand(shape, dtype=self.like.dtype, device=device, generator=self.generator).to(self.like.device)
-
-    def paired(self, draw: Callable[[int], Tensor]) -> Tensor:
-        """What `draw` gives for a number of samples, the second half of them the first's negatives if antithetic."""
-        if not self.antithetic:
-            return draw(self.samples)
-        half = draw((self.samples + 1) // 2)
-        return torch.cat([half, -half], -1)[..., : self.samples]
 
 
 def sample_cosines(anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor, draws: Draws) -> Sampled:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from posthoc.adapters.errors import OptionError
-from posthoc.adapters.losses import MCInfoNCE, mcinfonce
+from posthoc.adapters.losses import MCInfoNCE, mcinfonce, sampled
 from posthoc.adapters.vmf import VonMisesFisher
 
 Inputs = dict[str, Tensor]  # mu_ref [B, d], kappa_ref [B], mu_pos, kappa_pos, and mu_neg [B, M, d], kappa_neg [B, M]
@@ -339,7 +339,7 @@ def test_blocks_of_rows_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) 
     inputs = {n: x.requires_grad_() for n, x in make_inputs(10, 3, kappa=(math.inf,)).items()}
     whole = MCInfoNCE(5.0, 4)(*posteriors(inputs))
     by_whole = torch.autograd.grad(whole, list(inputs.values()))
-    monkeypatch.setattr(mcinfonce, "CHUNK", 1)  # a row at a time
+    monkeypatch.setattr(sampled, "CHUNK", 1)  # a row at a time
     parts = MCInfoNCE(5.0, 4)(*posteriors(inputs))
     torch.testing.assert_close(parts, whole)
     for one, other in zip(torch.autograd.grad(parts, list(inputs.values())), by_whole, strict=True):
