@@ -3,6 +3,7 @@
 from .elk import ExpectedLikelihoodKernel
 from .hedged_gaussian import HedgedGaussian
 from .hedged_instance import HedgedInstance
+from .decoupled_uniformity import DecoupledUniformity
 from .loss_ranking import LossMSE, LossRanking
 from .mcinfonce import MCInfoNCE
 from .pfe import MutualLikelihood
@@ -12,6 +13,7 @@ __all__ = [
     "ExpectedLikelihoodKernel",
     "HedgedGaussian",
     "HedgedInstance",
+    "DecoupledUniformity",
     "LossMSE",
     "LossRanking",
     "MCInfoNCE",
