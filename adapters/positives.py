@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import DataError
+from .errors import DataError, OptionError
 
 
 @dataclass
@@ -34,6 +34,34 @@ class PairSource(Protocol):
     def draw(self, rows: Tensor, generator: torch.Generator) -> PairBatch:
         """Pairs for the anchors `rows` int64 [B]."""
         ...
+
+
+def label_masks(label: Tensor) -> tuple[Tensor, Tensor]:
+    """Which columns may be a row's positive (its class, not itself) and negative (another class): bool [N, N] twice.
+
+    Raises: OptionError unless the labels are whole numbers [N].
+    """
+    if label.ndim != 1 or label.dtype.is_floating_point or label.dtype == torch.bool:
+        raise OptionError(
+            f"expected class numbers, integer [N]; the labels given are {label.dtype} {tuple(label.shape)}"
+        )
+    same = label[:, None] == label[None, :]
+    return same.clone().fill_diagonal_(False), ~same
+
+
+def place_masks(position: Tensor, near: float = 10.0, far: float = 25.0) -> tuple[Tensor, Tensor]:
+    """As `label_masks`, for places: positives lie nearer than `near`, negatives farther than `far`, others are neither.
+
+    `position` [N, K] are coordinates in the units of near and far (metres for UTM). Distances are taken in float64:
+    UTM's northings of 5 million leave float32 half a metre.
+    """
+    if position.ndim != 2 or not 0 < near <= far:
+        raise OptionError(
+            f"expected positions [N, K] and 0 < near <= far; given {tuple(position.shape)}, near={near}, far={far}"
+        )
+    place = position.double()
+    distance = (place[:, None] - place[None, :]).norm(dim=-1)
+    return (distance < near).fill_diagonal_(False), distance > far
 
 
 class FeatureTable:
@@ -85,7 +113,7 @@ class LabelPairs:
         # an offset in 1..size-1 round the block: every other member with equal probability, itself only if alone
         offset = 1 + (torch.rand(len(rows), generator=generator) * (size - 1)).long().clamp(max=size - 2)
         partner = self.order[start + (at - start + offset.clamp(min=0)) % size]
-        other = self.labels[rows][:, None] != self.labels[rows][None, :]
+        _, other = label_masks(self.labels[rows])
         return PairBatch(self.table[rows], self.table[partner], other.float().to(self.table.device))
 
 

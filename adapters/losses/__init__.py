@@ -3,6 +3,7 @@
 from .elk import ExpectedLikelihoodKernel
 from .hedged_gaussian import HedgedGaussian
 from .hedged_instance import HedgedInstance
+from .contrastive_metric import ContrastiveMetric
 from .decoupled_uniformity import DecoupledUniformity
 from .loss_ranking import LossMSE, LossRanking
 from .mcinfonce import MCInfoNCE
@@ -13,6 +14,7 @@ __all__ = [
     "ExpectedLikelihoodKernel",
     "HedgedGaussian",
     "HedgedInstance",
+    "ContrastiveMetric",
     "DecoupledUniformity",
     "LossMSE",
     "LossRanking",
