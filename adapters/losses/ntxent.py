@@ -1,0 +1,44 @@
+"""NT-Xent: SimCLR's contrastive loss with one temperature."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from .contrast import Terms, contrast, directions
+
+
+class NTXent(nn.Module):
+    """Cross-entropy of finding an image's other view among all other rows of the batch, by cosine over a temperature.
+
+    loss = mean_i -log exp(c_i+ / t) / D_i over the 2N rows of both views; D_i sums exp(c_ij / t) over the 2N - 2
+    negatives and, as in SimCLR, over the positive too. Swapping the views changes nothing.
+
+    Args:
+        temperature: t > 0.
+        include_positive: whether D_i has the positive's term. Without it (decoupled contrastive learning) easy pairs no
+            longer weaken the negatives' gradient, and the loss may be below 0.
+        reference: as TaU's code for SimCLR, which adds 1e-6 to D_i.
+    Source: Chen et al., arXiv 2002.05709; without the positive, Yeh et al., arXiv 2110.06848.
+    """
+
+    def __init__(self, temperature: float = 0.1, include_positive: bool = True, reference: bool = False) -> None:
+        super().__init__()
+        if not 0 < temperature < math.inf:
+            raise OptionError(f"NTXent: temperature={temperature} was given; expected a positive number such as 0.1")
+        self.temperature = temperature
+        self.terms = Terms(include_positive=include_positive, floor=1e-6 if reference else 0.0)
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """Scalar loss, at least float32, of two views' embeddings [N, D], N >= 2, of any length.
+
+        Raises: OptionError if the shapes do not fit.
+        """
+        with torch.autocast(z1.device.type, enabled=False):
+            u1, u2 = directions("NTXent", z1, z2)
+            scale = u1.new_full((2 * len(u1),), 1.0 / self.temperature)
+            close = (u1 * u2).sum(-1) / self.temperature
+            return contrast(torch.cat([u1, u2]), scale, close.repeat(2), self.terms)
