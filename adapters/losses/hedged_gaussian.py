@@ -79,12 +79,13 @@ class HedgedGaussian(nn.Module):
 
         Args:
             anchor, positive: `torch.distributions.Normal` of batch shape [B, D], D the embedding's dimensions.
-            negatives: [B, M, D]; None: the positives rolled by one row, as fresh samples.
+            negatives: [B, M, D]; None: the positives rolled by one row, sampled afresh.
         Raises: OptionError if the shapes do not fit, or B = 1 without negatives.
         """
         _check(anchor, positive, negatives)
         with torch.autocast(anchor.mean.device.type, enabled=False):
-            far = Normal(*(x.roll(1, 0)[:, None] for x in _moments(positive))) if negatives is None else negatives
+            mean, std = _moments(positive)
+            far = Normal(mean.roll(1, 0)[:, None], std.roll(1, 0)[:, None]) if negatives is None else negatives
             z, close, other = (self._samples(p, generator) for p in (anchor, positive, far))
             loss = -self._log_chance(z, close, 1.0) - self._log_chance(z, other, -1.0)
             return loss + self.kl_weight * (standard_divergence(anchor).mean() + standard_divergence(positive).mean())
