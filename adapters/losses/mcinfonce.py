@@ -27,8 +27,9 @@ class MCInfoNCE(nn.Module):
         learnable: whether tau is a parameter (through its logarithm).
         antithetic: whether samples come in pairs of opposite directions. This lowers the variance of loss and gradients
             (by 1.1 to 3 times), and the bias in n_samples with it, so at few samples the mean is not the paper's.
-        sobol: whether samples come from randomly shifted Sobol points instead, which lowers the variance further (and
-            the bias); best with a power of two of them.
+        sobol: whether samples come from randomly shifted Sobol points instead. At 256 samples the variances of loss and
+            gradients fall by 3 to 4 times at d = 10 and by 14 to 17 at d = 64 from independent samples (opposite pairs:
+            1.3 to 3 and 2.4 to 4.6), for 1.8 times the time. A power of two of them, 64 or more.
         positive_draws: samples of the positive for each of the anchor; the mean over samples then runs over all of
             them, which lowers variance and bias where negatives are many, for one more column each.
         reference: as the paper's code, whose sampler misses its concentration above kappa = 10 unless kappa >> d, and

