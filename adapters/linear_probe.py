@@ -114,8 +114,7 @@ class _Problem:
             raise DataError("features hold NaN or infinite values: leave these images out, or extract in float32")
         self.mean = total / len(self.rows)
         std = (squares / len(self.rows) - self.mean.square()).clamp(min=0.0).sqrt()
-        # a dimension that never moves is switched off
-        self.scale = torch.where(std > 1e-6 * std.max().clamp(min=1e-12), 1.0 / std.clamp(min=1e-12), 0.0)
+        self.scale = inverse_deviation(std)
         return torch.zeros(self.classes, self.features.shape[1] + 1, dtype=torch.float64, device=self.device)
 
     def fold(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,6 +159,17 @@ class _Problem:
         with torch.no_grad():
             optimizer.step(closure)
         return theta
+
+
+def inverse_deviation(std: Tensor) -> Tensor:
+    """What centred features are multiplied by to be standardised, [P], from their standard deviations.
+
+    Deviations below a tenth of the median are taken for that tenth: a channel that fires on a few fitting rows would
+    otherwise be blown up on other images (8 such channels of 1280 cost .16 nats on digits). 0 for a dimension that
+    never moves, which switches it off.
+    """
+    floor = (0.1 * std.median()).clamp(min=1e-12)
+    return torch.where(std > 1e-6 * std.max().clamp(min=1e-12), 1.0 / std.clamp(min=floor), 0.0)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -41,11 +41,10 @@ from posthoc.eval.baselines import entropy, fit_temperature, free_scores
 from posthoc.recipes.networks import CifarResNet
 
 FOLDS, CROPPED, NEIGHBOURS, BATCH = 5, 2000, 50, 256
-OVERLAP = frozenset(
-    "n01641577 n01644900 n01855672 n02002724 n02056570 n02058221 n02085620 n02094433 n02099601 n02099712 n02106662 "
-    "n02113799 n02123045 n02123394 n02124075 n02423022 n02814533 n03100240 n03670208 n04285008 n03796401 n03977966 "
-    "n03447447 n03662601".split()
-)
+OVERLAP = """
+n01641577 n01644900 n01855672 n02002724 n02056570 n02058221 n02085620 n02094433 n02099601 n02099712 n02106662 n02113799
+n02123045 n02123394 n02124075 n02423022 n02814533 n03100240 n03670208 n04285008 n03796401 n03977966 n03447447 n03662601
+""".split()
 """Classes of Tiny ImageNet that CIFAR-10 has: 2 frogs, 4 birds, 6 dogs, 3 cats, a gazelle (deer), 4 cars, 2 vans, 2 boats."""
 
 
@@ -74,7 +73,9 @@ def cifar10_test(shared: Path, data: Path) -> tuple[np.ndarray, np.ndarray]:
 def ood_images(shared: Path) -> dict[str, np.ndarray]:
     """The OOD sets as RGB images of 32 x 32 (bilinear); the Tiny ImageNet classes CIFAR-10 has are a mask beside it."""
     tiny = datasets.load_dataset("parquet", data_files=str(shared / "data/tiny_imagenet_val.parquet"), split="train")
-    dtd = datasets.load_dataset("parquet", data_files=str(shared / "data/dtd_textures_600_256px.parquet"), split="train")
+    dtd = datasets.load_dataset(
+        "parquet", data_files=str(shared / "data/dtd_textures_600_256px.parquet"), split="train"
+    )
     letters = idx_images(shared / "data/notmnist-t10k-images-idx3-ubyte.gz")
     names = tiny.features["label"].names
     return {

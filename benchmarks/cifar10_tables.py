@@ -86,7 +86,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def rank_table(
-    runs: Sequence[Seed], make: Callable[[Seed, str], Statistic], names: Sequence[str], others: Sequence[str], every: str
+    runs: Sequence[Seed],
+    make: Callable[[Seed, str], Statistic],
+    names: Sequence[str],
+    others: Sequence[str],
+    every: str,
 ) -> str:
     """One metric for each score, and the paired difference of each head to the scores in `others`."""
     rows = []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, OptionError
+from ..linear_probe import inverse_deviation
 from ..positives import FeatureTable, LabelPairs, PairSource, SoftLabelPairs, ViewPairs
 from ..training import step_generator
 from .base import FitData, Head
@@ -38,7 +39,7 @@ class StandardisedNet(nn.Module):
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Take the fitting rows' mean and standard deviation; dimensions that never move are switched off."""
         self.center.copy_(mean)
-        self.scale.copy_(torch.where(std > 1e-6 * std.max().clamp(min=1e-12), 1.0 / std.clamp(min=1e-12), 0.0))
+        self.scale.copy_(inverse_deviation(std))
 
 
 class ScalarNet(StandardisedNet):

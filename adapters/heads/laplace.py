@@ -17,11 +17,12 @@ from ..backbone import BackboneOutput
 from ..curvature import curvature_class
 from ..errors import BackboneError, DataError
 from ..laplace import LastLayerPosterior, entropy, mutual_information, normal_draws, probit
-from ..linear_probe import fit_linear_probe
+from ..linear_probe import fit_linear_probe, inverse_deviation
 from .base import FeatureDims, FitData, Head
-from .common import check_choice, check_positive
+from .common import check_choice, check_positive, moments
 
 ROUNDS, SETTLED = 4, 0.01
+PRIOR_FACTORS, CLEARLY = (1.0, 10.0, 1e2, 1e3, 1e4), 0.005
 LOG_SCALE_RANGE = (math.log(0.05), math.log(20.0))
 TUNING_ROWS = 20_000
 NO_BIAS = 1e30  # prior precision that leaves a bias no variance, for classifiers without one
@@ -31,7 +32,8 @@ class LaplaceHead(Head):
     """Total uncertainty: entropy of the class probabilities when the last layer's weights are uncertain too.
 
     The posterior (see `LastLayerPosterior`) stands on the backbone's own linear classifier, when it has one and the
-    data has as many classes or no labels; else on a linear probe fitted on the embeddings of the fitting rows.
+    data has as many classes or no labels; else on a linear probe fitted on the embeddings of the fitting rows, in
+    standardised coordinates: those in which the probe is penalised, so that one prior fits all of its weights.
 
     The likelihood is a softmax at temperature T, p(y | f / T): probabilities and curvature both follow from it.
     Networks are overconfident on data they were not trained on, and the posterior alone does not mend that. With
@@ -40,11 +42,15 @@ class LaplaceHead(Head):
     NLL .248 (plain softmax .373, temperature scaling .248, T left at 1 .269). Rows that the backbone itself was
     trained on teach neither T nor curvature anything: fit on others.
 
+    The prior precision maximises the marginal likelihood of the fitting rows. With fewer rows than dimensions that
+    leaves the posterior far too wide (on 670 digits in 1280 dimensions: NLL 1.9 against .5 of the softmax), and
+    "heldout" then takes 10 to 10,000 times as much, the least that is within .005 nats of the best on held-out rows.
+
     Args:
         structure: of the posterior, "kron" (stored: P^2 + C^2 numbers) or "diag" (C P).
-        tune: "heldout" (T as above, needs labels) or "marglik" (T stays 1); the prior precision maximises the marginal
-            likelihood of the fitting rows in either case, unless it is given.
-        prior_precision: of the zero-mean Gaussian prior over weight / T and bias / T.
+        tune: "heldout" (T and prior as above, needs labels) or "marglik" (T stays 1, the prior is the marginal
+            likelihood's).
+        prior_precision: of the zero-mean Gaussian prior over weight / T and bias / T; given, it is left as it is.
         classifier: "auto", "backbone" or "probe".
         classes: of the classifier; found by `fit`.
 
@@ -64,6 +70,8 @@ class LaplaceHead(Head):
     draws: Tensor
     weight: Tensor | None
     bias: Tensor | None
+    center: Tensor | None
+    scale: Tensor | None
 
     def __init__(
         self,
@@ -111,6 +119,8 @@ class LaplaceHead(Head):
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("weight", torch.zeros(classes, inputs) if probe else None)
         self.register_buffer("bias", torch.zeros(classes) if probe else None)
+        self.register_buffer("center", torch.zeros(inputs) if probe else None)
+        self.register_buffer("scale", torch.ones(inputs) if probe else None)
         self.register_buffer("draws", normal_draws(classes).float(), persistent=False)
 
     def forward(self, features: BackboneOutput) -> dict[str, Tensor]:
@@ -129,8 +139,8 @@ class LaplaceHead(Head):
 
     def _classify(self, features: BackboneOutput) -> tuple[Tensor, Tensor]:
         """Inputs of the linear layer and its logits, before T."""
-        if self.weight is not None:
-            phi = features.embedding.float()
+        if self.weight is not None and self.center is not None and self.scale is not None:
+            phi = (features.embedding.float() - self.center) * self.scale
             return phi, torch.nn.functional.linear(phi, self.weight, self.bias)
         if features.penultimate is None or features.logits is None:
             raise BackboneError(
@@ -157,7 +167,7 @@ class LaplaceHead(Head):
                 stacklevel=2,
             )
         self.build(replace(data.dims, classes=len(weight)))
-        self._take(posterior, weight, bias, temperature)
+        self._take(posterior, weight, bias, temperature, rows)
         self.to(data.device)
         if data.features.label is not None:
             report["log_marginal_likelihood"] = float(posterior.log_marginal_likelihood())
@@ -167,7 +177,7 @@ class LaplaceHead(Head):
             "seconds": round(time.perf_counter() - started, 3),
         }
 
-    def _classifier(self, data: FitData) -> tuple[np.ndarray, Tensor, Tensor | None, dict[str, Any]]:
+    def _classifier(self, data: FitData) -> tuple[Rows, Tensor, Tensor | None, dict[str, Any]]:
         """The inputs [N, P] of the linear classifier that is taken, its weight and bias, and a report."""
         f, wanted = data.features, self._config["classifier"]
         own = None if f.penultimate is None else data.classifier
@@ -199,25 +209,55 @@ class LaplaceHead(Head):
             "probe_strength": probe.strength,
             "probe_held_out_nll": probe.held_out_nll,
         }
-        return f.embedding, probe.weight, probe.bias, report
+        mean, std = moments(f.embedding, data.train)
+        scale = inverse_deviation(std)
+        # a dimension that never moved on the fitting rows has the scale 0 and takes no part
+        weight, bias = probe.weight * torch.where(scale > 0, 1.0 / scale, 0.0), probe.bias + probe.weight @ mean
+        return _Standardised(f.embedding, mean.numpy(), scale.numpy()), weight, bias, report
 
     @torch.no_grad()
-    def _take(self, posterior: LastLayerPosterior, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
+    def _take(
+        self, posterior: LastLayerPosterior, weight: Tensor, bias: Tensor | None, temperature: float, rows: Rows
+    ) -> None:
         self.curvature.load_state_dict(posterior.fitted().state_dict())
         self.prior_precision.copy_(posterior.prior_precision)
         if bias is None:
             self.prior_precision[1] = NO_BIAS
         self.temperature.fill_(temperature)
-        if self.weight is not None and self.bias is not None and bias is not None:
-            self.weight.copy_(weight)
-            self.bias.copy_(bias)
+        if isinstance(rows, _Standardised):
+            kept = {"weight": weight, "bias": bias, "center": rows.center, "scale": rows.scale}
+            for name, value in kept.items():
+                getattr(self, name).copy_(torch.as_tensor(value))
+
+
+@dataclass
+class _Standardised:
+    """Rows of an array [N, P], standardised when they are read, so that a memory map stays one."""
+
+    array: np.ndarray
+    center: np.ndarray
+    scale: np.ndarray
+    ndim = 2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return (np.asarray(self.array[rows], dtype=np.float32) - self.center) * self.scale
+
+
+Rows = np.ndarray | _Standardised
 
 
 @dataclass
 class _Tempered:
     """The posterior under the likelihood p(y | f / T), for any T: that of the classifier (weight / T, bias / T)."""
 
-    rows: np.ndarray
+    rows: Rows
     data: FitData
     weight: Tensor
     bias: Tensor | None
@@ -246,21 +286,32 @@ class _Tempered:
         logits = torch.nn.functional.linear(phi, self.weight.detach().to(phi), bias)
         report = {"held_out_nll_softmax": _cross_entropy(torch.softmax(logits, -1), target)}
         temperature = _best_scale(logits, torch.zeros_like(logits), target)
-        best: tuple[float, float, LastLayerPosterior] | None = None
+        best: tuple[float, float, LastLayerPosterior, float] | None = None
         # T and the posterior depend on each other: take turns while the held-out loss falls. Where the curvature is
         # nearly flat the turns can run away, so the best round counts, not the last.
         for _ in range(ROUNDS):
             posterior = self.posterior(temperature)
-            loss = _cross_entropy(posterior.predict(phi), target)
+            loss, factor = self._strengthen_prior(posterior, phi, target)
             if best is not None and loss >= best[0]:
                 break
-            best = (loss, temperature, posterior)
+            best = (loss, temperature, posterior, factor)
             step = _best_scale(posterior.logits(phi), posterior.functional_variance(phi), target)
             if abs(math.log(step)) < SETTLED:
                 break
             temperature *= step
         assert best is not None
-        return best[1], best[2], report | {"held_out_nll": best[0]}
+        return best[1], best[2], report | {"held_out_nll": best[0], "prior_factor": best[3]}
+
+    def _strengthen_prior(self, posterior: LastLayerPosterior, phi: Tensor, target: Tensor) -> tuple[float, float]:
+        """Multiply the prior precision by the first of `PRIOR_FACTORS` close to the best on held-out rows."""
+        start = posterior.prior_precision
+        losses = []
+        for factor in PRIOR_FACTORS if self.prior_precision is None else (1.0,):
+            posterior.prior_precision = start * factor
+            losses.append(_cross_entropy(posterior.predict(phi), target))
+        chosen = next(i for i, loss in enumerate(losses) if loss <= min(losses) + CLEARLY)
+        posterior.prior_precision = start * PRIOR_FACTORS[chosen]
+        return losses[chosen], PRIOR_FACTORS[chosen]
 
 
 def _cross_entropy(probabilities: Tensor, target: Tensor) -> float:

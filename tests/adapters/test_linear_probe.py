@@ -9,15 +9,16 @@ from sklearn.linear_model import LogisticRegression
 
 from posthoc.adapters import linear_probe
 from posthoc.adapters.errors import DataError
-from posthoc.adapters.linear_probe import STRENGTHS, LinearProbe, fit_linear_probe
+from posthoc.adapters.linear_probe import STRENGTHS, LinearProbe, fit_linear_probe, inverse_deviation
 
 
 def problem(rows: int = 400, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Features [N, 6] of very different scales and offsets, and labels of 4 classes that depend on them."""
+    """Features [N, 6] of different scales and offsets, and labels of 4 classes that depend on them."""
     rng = np.random.default_rng(0)
     z = rng.normal(size=(rows, 6))
     labels = (z @ rng.normal(size=(6, 4)) + noise * rng.gumbel(size=(rows, 4))).argmax(1)
-    return z * 10.0 ** np.arange(-2, 4) + 5.0 * 10.0 ** np.arange(-2, 4), labels
+    scale = 3.0 ** np.arange(-2, 4)  # all above a tenth of the median, where standardising begins to be limited
+    return z * scale + 5.0 * scale, labels
 
 
 def logits(probe: LinearProbe, features: np.ndarray) -> np.ndarray:
@@ -140,3 +141,8 @@ def test_unusable_data_is_refused(change: dict, message: str) -> None:
     values |= {name: edit(values[name]) for name, edit in change.items()}
     with pytest.raises(DataError, match=message):
         fit_linear_probe(values["features"], values["labels"], classes=values["classes"], held_out=values["held_out"])
+
+
+def test_small_deviations_are_floored_and_dead_dimensions_switched_off() -> None:
+    std = torch.tensor([1.0, 2.0, 0.001, 0.0, 3.0])
+    assert inverse_deviation(std).tolist() == pytest.approx([1.0, 0.5, 1.0 / 0.1, 0.0, 1.0 / 3.0])

@@ -272,3 +272,39 @@ def test_on_cifar_features_it_is_as_calibrated_as_temperature_scaling_and_varian
     assert auroc("uncertainty") > 0.88
     assert auroc("mutual_information") > 0.88
     assert auroc("variance") < 0.3
+
+
+def test_with_fewer_rows_than_dimensions_the_held_out_rows_strengthen_the_prior() -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(3, 400))
+    label = rng.integers(3, size=260)
+    x = (0.12 * centres[label] + rng.normal(size=(260, 400))).astype(np.float32)
+    features = Features.from_arrays(x, label=label)
+    data = FitData(features, np.arange(120), np.arange(120, 180), options=TrainOptions(progress=False))
+    tuned, plain, fixed = LaplaceHead(), LaplaceHead(tune="marglik"), LaplaceHead(prior_precision=2.0)
+    report, alone = tuned.fit(data), plain.fit(data)
+    assert report["prior_factor"] > 1.0
+    assert report["held_out_nll"] < report["held_out_nll_softmax"]
+    embedding = torch.from_numpy(x[180:])
+
+    def loss(head: LaplaceHead) -> float:
+        p = head(BackboneOutput(embedding, None, None))["probabilities"]
+        return -float(p.log()[torch.arange(80), torch.from_numpy(label[180:])].mean())
+
+    assert loss(tuned) < loss(plain)
+    assert "prior_factor" not in alone
+    assert fixed.fit(data)["prior_precision"] == 2.0
+
+
+def test_a_probe_works_on_standardised_features_and_ignores_dead_ones() -> None:
+    data = fit_data(classifier=False)
+    x = np.array(data.features.embedding)
+    x = np.concatenate([1000.0 * x[:, :1] + 5.0, x[:, 1:], np.full((len(x), 1), 3.0)], 1).astype(np.float32)
+    first, second = LaplaceHead(), LaplaceHead()
+    first.fit(data)
+    other = Features.from_arrays(x, label=data.features.label)
+    second.fit(FitData(other, TRAIN, HELD_OUT, options=TrainOptions(progress=False)))
+    x[:, -1] = 77.0  # a dimension that never moved says nothing when it does
+    a = first(BackboneOutput(torch.from_numpy(data.features.embedding[TEST]), None, None))["uncertainty"]
+    b = second(BackboneOutput(torch.from_numpy(x[TEST]), None, None))["uncertainty"]
+    torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
