@@ -94,7 +94,9 @@ class DecoupledUniformity(nn.Module):
             return mean
         factor, ridge = self._factor(prior, len(views), mean.device)
         # (K + ridge I)^-1 K = I - ridge (K + ridge I)^-1, on m itself: A is never formed
-        return mean - (ridge * torch.cholesky_solve(mean.to(factor.dtype), factor)).to(mean.dtype)
+        # (two triangular solves: `cholesky_solve` would copy the factor)
+        half = torch.linalg.solve_triangular(factor, mean.to(factor.dtype), upper=False)
+        return mean - ridge * torch.linalg.solve_triangular(factor.mT, half, upper=True).to(mean.dtype)
 
     @torch.no_grad()
     def mean_diagonal(self, prior: Tensor) -> float:
