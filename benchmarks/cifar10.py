@@ -41,10 +41,13 @@ from posthoc.eval.baselines import entropy, fit_temperature, free_scores
 from posthoc.recipes.networks import CifarResNet
 
 FOLDS, CROPPED, NEIGHBOURS, BATCH = 5, 2000, 50, 256
-OVERLAP = """
-n01641577 n01644900 n01855672 n02002724 n02056570 n02058221 n02085620 n02094433 n02099601 n02099712 n02106662 n02113799
-n02123045 n02123394 n02124075 n02423022 n02814533 n03100240 n03670208 n04285008 n03796401 n03977966 n03447447 n03662601
-""".split()
+# fmt: off
+OVERLAP = [
+    "n01641577", "n01644900", "n01855672", "n02002724", "n02056570", "n02058221", "n02085620", "n02094433", "n02099601",
+    "n02099712", "n02106662", "n02113799", "n02123045", "n02123394", "n02124075", "n02423022", "n02814533", "n03100240",
+    "n03670208", "n04285008", "n03796401", "n03977966", "n03447447", "n03662601",
+]
+# fmt: on
 """Classes of Tiny ImageNet that CIFAR-10 has: 2 frogs, 4 birds, 6 dogs, 3 cats, a gazelle (deer), 4 cars, 2 vans, 2 boats."""
 
 
