@@ -92,7 +92,7 @@ def main(options: DemoOptions) -> None:
     picture = options.output / "demo.png"
     report.draw(picture, scores, judged, measured, HEADS)
     kinds = {name: model.kinds().get(name, "free") for name in scores}
-    print(report.tables(measured, kinds, right))
+    print(report.tables(measured, judged, kinds))
     seconds = time.perf_counter() - started
     known = {"options": asdict(options), "fits": model.report, "measured": asdict(measured), "seconds": seconds}
     write_run(options.output, "results.json", known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ REJECTED = (0.0, 0.05, 0.1, 0.2)
 CURVE = np.arange(0, 31) / 100
 DRAWN = (BASELINE, "kNN")
 """The free scores that the curves show, for legibility; the tables have all of them."""
-LENGTHS = {"blur": "standard deviation", "occlusion": "side of the patch", "crop": "cut from each side length"}
+LENGTHS = {"blur": "standard deviation", "occlusion": "side of the patch", "crop": "cut from width and height"}
 SHOWN = 8
 """Images at either end of a row of the picture."""
 
@@ -101,27 +102,26 @@ def _places(score: np.ndarray, among: np.ndarray) -> np.ndarray:
     return 50 * (below + upto) / len(ordered)
 
 
-def tables(m: Measured, kinds: Mapping[str, str], right: np.ndarray) -> str:
+def tables(m: Measured, judged: Judged, kinds: Mapping[str, str]) -> str:
     """The three questions with their answers; `kinds` says what each score is, "free" or the kind of a head."""
     heads = [name for name, kind in kinds.items() if kind != "free"]
     last = {name: values[-1] for name, values in m.accuracy.items()}
+    lengths = [f"{name} up to {px[-1]:g} px ({LENGTHS[name]})" for name, (px, _) in judged.ladders.items()]
     steepest = {damage: max(values, key=lambda name: values[name].value) for damage, values in m.ambiguity.items()}
-    return f"""\
-a) Unseen digits. AUROC: how often an image of an unseen digit is less certain than one of a known digit; guessing: .500.
-   {best_of(m.unseen, heads)}
-
-{unseen_table(m, kinds)}
-
-b) Ambiguity. Spearman's correlation of the score with the severity of the damage, over images and their copies.
-   The steepest: {", ".join(f"{name} with {damage}" for damage, name in steepest.items())}.
-
-{ambiguity_table(m, kinds)}
-
-c) Errors. A linear classifier of the known digits is right on {right.mean():.1%} of {len(right)} test images. Accuracy in
-   percent of those that stay when the least certain are rejected. {best_of(last, heads)}
-
-{error_table(m, kinds)}
-"""
+    parts = {
+        "a) Unseen digits. AUROC: how often an image of an unseen digit is less certain than one of a known digit; "
+        f"guessing gives .5. Here {best_of(m.unseen, heads)}": unseen_table(m, kinds),
+        "b) Ambiguity. Spearman's correlation of the score with the severity of damage to images of 8 x 8 px: "
+        f"{', '.join(lengths)}. Steepest with {', '.join(f'{d}: {name}' for d, name in steepest.items())}.": (
+            ambiguity_table(m, kinds)
+        ),
+        f"c) Errors. A linear classifier of the known digits is right on {judged.right.mean():.1%} of the "
+        f"{len(judged.right)} test images; accuracy in % of those that stay when the least certain are rejected. With "
+        f"{REJECTED[-1]:.0%} rejected: {best_of(last, heads)}": error_table(m, kinds),
+    }
+    return "\n".join(
+        f"{textwrap.fill(text, 110, subsequent_indent='   ')}\n\n{table}\n" for text, table in parts.items()
+    )
 
 
 def unseen_table(m: Measured, kinds: Mapping[str, str]) -> str:
@@ -159,7 +159,7 @@ def best_of(values: Mapping[str, Interval], heads: Sequence[str]) -> str:
     head, free = (max(names, key=lambda name: values[name].value) for names in (heads, values.keys() - set(heads)))
     a, b = values[head].value, values[free].value
     told = "level with" if a == b else "ahead of" if a > b else "behind"
-    return f"The best head ({head}, {_number(a)}) is {told} the best free score ({free}, {_number(b)})."
+    return f"the best head ({head}, {_number(a)}) is {told} the best free score ({free}, {_number(b)})."
 
 
 def _word(one: Interval, positive: str, unclear: str, negative: str) -> str:
@@ -215,7 +215,7 @@ def draw(path: Path, scores: Mapping[str, np.ndarray], judged: Judged, m: Measur
                 {name: m.places[damage][name] for name in drawn},
                 look,
                 title=f"Does it rise with {damage}?",
-                xlabel=f"{LENGTHS[damage]}, px of 8",
+                xlabel=f"{LENGTHS[damage]}, source pixels",
                 ylabel="mean place among undamaged, %" if axis is axes[0] else "",
             )
         plots.legend(bottom, axes[0], len(drawn))
