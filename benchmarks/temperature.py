@@ -28,7 +28,7 @@ from posthoc.adapters.scoring import score
 from posthoc.adapters.splits import held_out_mask
 from posthoc.eval.metrics import auroc, spearman
 
-VIEWS, SEEDS = 8, (0, 1, 2)
+VIEWS = 8
 
 
 def uncertainty(model: UncertainModel, features: Features) -> np.ndarray:
@@ -41,7 +41,7 @@ def rise(model: UncertainModel, severity: np.ndarray, embedding: np.ndarray) -> 
     return spearman(scores.ravel(), np.repeat(severity, embedding.shape[1]))
 
 
-def print_rows(backbone: Backbone, name: str, shared: Path, data: Path) -> None:
+def print_rows(backbone: Backbone, name: str, shared: Path, data: Path, seeds: list[int]) -> None:
     """One line of the table for each kind of positives and t."""
     cache = data / "features"
     images, label = cifar10_test(shared, data)
@@ -52,7 +52,7 @@ def print_rows(backbone: Backbone, name: str, shared: Path, data: Path) -> None:
     for positives, features in fitted_from.items():
         for t in BASE_TEMPERATURES:
             found = []
-            for seed in SEEDS:
+            for seed in seeds:
                 fitting, scored = next(folds(len(plain), seed))
                 model = posthoc.wrap(backbone, "temperature", base_temperature=t)
                 model.fit(features[fitting], positives=positives, batch_size=256, seed=seed)
@@ -63,7 +63,7 @@ def print_rows(backbone: Backbone, name: str, shared: Path, data: Path) -> None:
                 found.append(
                     [rise(model, severity, blurred), *(auroc(inside, uncertainty(model, one)) for one in ood.values())]
                 )
-            mean, spread = np.mean(found, 0), np.std(found, 0, ddof=1)
+            mean, spread = np.mean(found, 0), np.std(found, 0, ddof=min(1, len(seeds) - 1))
             cells = [f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, spread, strict=True)]
             print(f"| {name} | {positives} | {t} | " + " | ".join(cells) + " |", flush=True)
 
@@ -73,13 +73,16 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with golden numbers and data")
     parser.add_argument("--data", type=Path, default=Path("outputs/data"), help="where CIFAR-10 and features are kept")
     parser.add_argument("--backbone", type=int, nargs="+", default=[20, 56], help="depths of the networks")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print("| backbone | positives | t | blur | Tiny ImageNet | DTD | notMNIST |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for depth in arguments.backbone:
-        print_rows(resnet(depth, arguments.shared), f"ResNet-{depth}", arguments.shared, arguments.data)
+        print_rows(
+            resnet(depth, arguments.shared), f"ResNet-{depth}", arguments.shared, arguments.data, arguments.seeds
+        )
 
 
 if __name__ == "__main__":
