@@ -24,18 +24,22 @@ def _inputs(golden: np.lib.npyio.NpzFile, dtype: torch.dtype) -> list[torch.Tens
     return [torch.tensor(a, dtype=dtype, requires_grad=True) for a in arrays]
 
 
-def _plain(z1, z2, r1, r2, t, include_positive):
+def _plain(z1, z2, r1, r2, t, include_positive, exclude=None):
     """The loss from its formula, one anchor at a time."""
     z = torch.nn.functional.normalize(torch.cat([z1, z2]), dim=-1)
     s = torch.sigmoid(torch.cat([r1, r2]))
     n = len(z1)
-    total = 0.0
+    total, used = 0.0, 0
     for i in range(2 * n):
         partner = (i + n) % (2 * n)
-        columns = [j for j in range(2 * n) if j != i and (include_positive or j != partner)]
+        columns = [j for j in range(2 * n) if j not in (i, partner) and (exclude is None or not exclude[i, j])]
+        if not columns:
+            continue
+        used += 1
+        columns += [partner] if include_positive else []
         total = total - s[i] * (z[i] @ z[partner]) / t
         total = total + torch.log(1e-6 + torch.exp(s[i] * (z[columns] @ z[i]) / t).sum())
-    return total / (2 * n)
+    return total / used
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -49,8 +53,12 @@ def test_reference_form_matches_the_papers_code(shared: Path, case: str) -> None
         if f"grad_{name}_f64" in golden:
             truth = golden[f"grad_{name}_f64"].reshape(grad.shape)
             assert np.abs(grad.numpy() - truth).max() <= 1e-10 + 1e-8 * np.abs(truth).max()
-    single = loss(*_inputs(golden, torch.float32)).item()
-    assert single == pytest.approx(float(golden["loss_f64"]), abs=1e-6, rel=1e-5)
+    rough = _inputs(golden, torch.float32)
+    single = loss(*rough)
+    assert single.item() == pytest.approx(float(golden["loss_f64"]), abs=1e-6, rel=1e-5)
+    for name, grad in zip(("loc1", "loc2", "raw1", "raw2"), torch.autograd.grad(single, rough), strict=True):
+        truth = golden[f"grad_{name}_f64" if f"grad_{name}_f64" in golden else f"grad_{name}"].reshape(grad.shape)
+        assert np.abs(grad.numpy() - truth).max() <= 1e-6 + 1e-4 * np.abs(truth).max()
 
 
 @pytest.mark.parametrize("include_positive", [False, True])
@@ -61,6 +69,29 @@ def test_each_anchor_uses_its_own_temperature(generator: torch.Generator, includ
     expected = _plain(z1, z2, r1, r2, 0.2, include_positive)
     torch.testing.assert_close(loss(z1, z2, r1, r2), expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(loss(z2, z1, r2, r1), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("include_positive", [False, True])
+def test_exclusion_equals_the_formula(generator: torch.Generator, include_positive: bool) -> None:
+    z = [torch.randn(5, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    r = [torch.randn(5, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    exclude = torch.rand(10, 10, generator=generator) < 0.5  # not symmetric
+    exclude[3] = True
+    value = TaU(0.1, include_positive)(*z, *r, exclude=exclude)
+    expected = _plain(*z, *r, 0.1, include_positive, exclude)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    grads, truth = (torch.autograd.grad(x, (*z, *r)) for x in (value, expected))
+    torch.testing.assert_close(grads, truth, rtol=1e-10, atol=1e-13)
+    assert grads[2][3] == 0
+
+
+def test_two_images_and_frozen_embeddings(generator: torch.Generator) -> None:
+    z = [torch.randn(2, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    r = [torch.randn(2, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    value = TaU(0.1)(*z, *r)
+    torch.testing.assert_close(value, _plain(*z, *r, 0.1, False), rtol=1e-12, atol=0)
+    frozen = torch.autograd.grad(TaU(0.1)(*(x.detach() for x in z), *r), r)
+    torch.testing.assert_close(frozen, torch.autograd.grad(value, r), rtol=1e-12, atol=0)
 
 
 def test_gradients(generator: torch.Generator) -> None:
@@ -110,12 +141,16 @@ def test_extreme_temperatures_stay_finite(generator: torch.Generator) -> None:
     torch.testing.assert_close(tau[1:4], 0.1 / torch.sigmoid(torch.tensor([-5.0, 0.0, 5.0])))
 
 
-def test_autocast_does_not_change_the_loss(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_change_the_loss(generator: torch.Generator, dtype: torch.dtype) -> None:
     z1, z2 = (torch.randn(8, 5, generator=generator) for _ in range(2))
     r = torch.randn(8, generator=generator)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = TaU()(z1, z2, r, r)
-    torch.testing.assert_close(mixed, TaU()(z1, z2, r, r), rtol=0, atol=0)
+    with torch.autocast("cpu", dtype=dtype):
+        mixed = TaU(0.01)(z1, z2, r, r)
+        half = TaU(0.01)(z1.to(dtype), z2.to(dtype), r.to(dtype), r.to(dtype))
+    torch.testing.assert_close(mixed, TaU(0.01)(z1, z2, r, r), rtol=0, atol=0)
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(mixed.item(), rel=0.1)  # exp(1 / 0.01) is far beyond either type
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -123,3 +158,8 @@ def test_wrong_arguments_are_named() -> None:
         TaU(0)
     with pytest.raises(OptionError, match=r"\[N, D\].*\(4, 1\)"):
         TaU()(torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 1), torch.ones(4, 1))
+    z, r, exclude = torch.ones(4, 2), torch.ones(4), torch.zeros(8, 8, dtype=torch.bool)
+    with pytest.raises(OptionError, match=r"exclude of shape \(8, 8\).*reference=True"):
+        TaU(reference=True)(z, z, r, r, exclude=exclude)
+    with pytest.raises(OptionError, match=r"exclude of shape \(4, 8\).*expected \[2N, 2N\]"):
+        TaU()(z, z, r, r, exclude=exclude[:4])
