@@ -71,14 +71,13 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:.3f}"
 
 
-def difference(runs: Sequence[Seed], make: Callable[[Seed, str], Statistic], name: str, other: str, every: bool) -> str:
-    """name - other on seed 0 with its interval, and in how many seeds it lies above 0 (only where every seed is asked)."""
-    used = runs if every else runs[:1]
+def difference(runs: Sequence[Seed], make: Callable[[Seed, str], Statistic], name: str, other: str) -> str:
+    """name - other on seed 0 with its interval, and in how many of all seeds the interval lies above 0."""
     found: list[Interval] = [
-        bootstrap_difference(make(run, name), make(run, other), resamples=RESAMPLES) for run in used
+        bootstrap_difference(make(run, name), make(run, other), resamples=RESAMPLES) for run in runs
     ]
-    text = f"{found[0].value:+.3f} [{found[0].low:+.3f}, {found[0].high:+.3f}]"
-    return f"{text}, {sum(one.low > 0 for one in found)}/{len(found)}" if every else text
+    first = found[0]
+    return f"{first.value:+.3f} [{first.low:+.3f}, {first.high:+.3f}], {sum(one.low > 0 for one in found)}/{len(found)}"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -90,15 +89,14 @@ def rank_table(
     make: Callable[[Seed, str], Statistic],
     names: Sequence[str],
     others: Sequence[str],
-    every: str,
+    judged: str,
 ) -> str:
-    """One metric for each score, and the paired difference of each head to the scores in `others`."""
+    """One metric for each score, and the paired difference of the one head named beforehand to the scores in `others`."""
     rows = []
     for name in names:
         value = spread([float(make(run, name).value()) for run in runs])
-        fitted = name in HEADS + OUTPUTS
-        gaps = [difference(runs, make, name, other, name == every) if fitted else "" for other in others]
-        rows.append([f"**{name}**" if fitted else name, value, *gaps])
+        gaps = [difference(runs, make, name, other) if name == judged else "" for other in others]
+        rows.append([f"**{name}**" if name in HEADS + OUTPUTS else name, value, *gaps])
     return table(["score", "value", *(f"minus {other}" for other in others)], rows)
 
 
@@ -163,7 +161,7 @@ def main() -> None:
         print("### Calibration\n")
         print(calibration_table(runs) + "\n")
         print("### Crops: Spearman with 1 - crop fraction\n")
-        print(rank_table(runs, crops, every, ["entropy"], "") + "\n")
+        print(rank_table(runs, crops, every, [], "") + "\n")
         print("### Errors of the backbone\n")
         print(error_table(runs) + "\n")
 
