@@ -39,9 +39,9 @@ class Demo:
 class Fit:
     """Fit heads on a frozen backbone and write an adapter."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """timm name, or hf-hub: id"""
-    data: Positional[str]
+    data: Annotated[Positional[str], arg(metavar="DATA")]
     """image folder (one subfolder per class, or flat), parquet file, or hub data set id"""
     output: Path
     """folder of the adapter"""
@@ -80,6 +80,13 @@ class Fit:
         from .adapters.data import open_source
         from .adapters.model import wrap
 
+        if not self.pretrained and self.checkpoint is None:
+            warnings.warn(
+                "--no-pretrained without --checkpoint: the weights are random and nowhere else, so this adapter can "
+                "never be loaded again; this is for trying things out only",
+                UserWarning,
+                stacklevel=2,
+            )
         model = wrap(
             self.model, list(self.head), pretrained=self.pretrained, checkpoint=self.checkpoint, device=self.device
         )
@@ -107,9 +114,9 @@ class Fit:
 class Predict:
     """Score images with a fitted adapter; writes path, label, uncertainty and percentile to .csv or .parquet."""
 
-    adapter: Positional[str]
+    adapter: Annotated[Positional[str], arg(metavar="ADAPTER")]
     """folder, or hub id"""
-    data: Positional[str]
+    data: Annotated[Positional[str], arg(metavar="DATA")]
     """image, image folder, parquet file, or hub data set id"""
     output: Path
     """a .csv or .parquet file"""
@@ -127,6 +134,8 @@ class Predict:
     """of a hub data set, or of a folder of splits"""
     batch_size: int = 64
     """images in one pass"""
+    device: str | None = None
+    """default: the CPU"""
 
     def run(self) -> None:
         from .adapters.data import open_source
@@ -135,7 +144,7 @@ class Predict:
 
         if self.output.suffix not in (".csv", ".parquet"):
             raise OptionError(f"--output {self.output} was given; expected a file that ends in .csv or .parquet")
-        model = load(self.adapter, self.revision, self._backbone())
+        model = load(self.adapter, self.revision, self._backbone(), device=self.device)
         head = self.head or next(iter(model.heads))
         threshold = None if self.abstain is None else model.threshold(coverage=self.abstain, head=head)
         source = open_source(self.data, self.split)
@@ -171,7 +180,7 @@ class Predict:
 class Info:
     """Say what an adapter is: heads, backbone, data, held-out scores. Loads no backbone."""
 
-    adapter: Positional[str]
+    adapter: Annotated[Positional[str], arg(metavar="ADAPTER")]
     """folder, or hub id"""
     revision: str | None = None
     """branch, tag or commit of a hub id"""
@@ -186,7 +195,9 @@ class Info:
             print(json.dumps(asdict(config), indent=2))
             return
         b = config.backbone
-        print(f"backbone     {b.name} ({b.source}), embedding {b.embedding_dim}, classes {b.num_classes}")
+        revision = f", revision {b.revision}" if b.revision else ""
+        print(f"backbone     {b.name} ({b.source}, weights {b.weights}{revision})")
+        print(f"             embedding {b.embedding_dim}, classes {b.num_classes}")
         for scope, value in b.fingerprints.items():
             print(f"fingerprint  {scope}: {value}")
         for head in config.heads:
@@ -205,7 +216,7 @@ class Info:
 class Check:
     """Say what wrap finds in a model: embedding, classifier, preprocessing, cost."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """timm name, or hf-hub: id"""
     pretrained: bool = False
     """with the pretrained weights, which are then downloaded"""

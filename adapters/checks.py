@@ -55,7 +55,10 @@ def _check_range(features: Features, label: np.ndarray, values: np.ndarray) -> N
 
 
 def check_classes(features: Features, positives: str, ids: np.ndarray | None, heads: Sequence[Head]) -> None:
-    """Raises DataError when the heads learn from classes (or ids) and there is only one."""
+    """Raises DataError when a head needs labels and there are none, or learns from classes (or ids) and there is one."""
+    for head in heads:
+        if head.needs_labels and features.label is None:
+            raise DataError(f"the {head.name} head needs labels, and the data has none: give (images, labels)")
     label = ids if ids is not None else features.label
     if label is None or (positives == "views" and all(head.uses_pairs for head in heads)):
         return

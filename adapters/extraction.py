@@ -182,7 +182,7 @@ class Extraction:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         return DataError(
             f"an image could not be read: {broken[0].name}: {broken[0].why}{more}. Mend or remove it, or leave such "
-            "images out with on_error='skip'."
+            "images out: backbone.extract(data, on_error='skip') gives features that fit and predict take."
         )
 
     def _merge(self, store: Store, chunks: int) -> None:

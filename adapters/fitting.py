@@ -74,6 +74,7 @@ def fit_head(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         report = head.fit(data)
+    once = list({str(w.message): w for w in caught}.values())
     head.eval()
     scores, at_bound = score(head, data.features, data.held_out, data.device)
     judged = decisions(data.features, data.held_out)
@@ -83,9 +84,9 @@ def fit_head(
         "rows": len(data.train),
         "held_out": held_out.summary(),
         "share_at_bound": at_bound,
-        "warnings": [str(w.message) for w in caught if w.category is UserWarning],
+        "warnings": [str(w.message) for w in once if w.category is UserWarning],
     }
-    return report, caught
+    return report, once
 
 
 def _plain_features(backbone: Backbone, data: Any, cache_dir: str | Path | None) -> Features:

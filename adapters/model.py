@@ -72,6 +72,9 @@ def load(
     folder_or_hub_id: str | Path,
     revision: str | None = None,
     backbone: str | nn.Module | Backbone | None = None,
+    *,
+    transform: Any = None,
+    device: str | torch.device | None = None,
 ) -> UncertainModel:
     """A fitted model from an adapter: a folder that `save_pretrained` wrote, or a hub id (an existing folder wins).
 
@@ -79,11 +82,13 @@ def load(
         revision: branch, tag or commit of a hub id.
         backbone: the backbone to attach to, where it is an own module or its weights are at hand; None: the timm or hub
             backbone that the adapter names, with its pretrained weights.
+        transform: PIL image to tensor [3,H,W], for an own module; without it that takes preprocessed tensors only.
+        device: where everything runs.
 
     Raises AdapterError for files that are missing, damaged, changed or of an unknown schema; BackboneError when the
     backbone is not the one the adapter was fitted on, with both fingerprints.
     """
-    return UncertainModel.from_pretrained(folder_or_hub_id, revision, backbone)
+    return UncertainModel.from_pretrained(folder_or_hub_id, revision, backbone, transform=transform, device=device)
 
 
 def list_heads() -> list[str]:
@@ -294,11 +299,14 @@ class UncertainModel(nn.Module):
         folder_or_hub_id: str | Path,
         revision: str | None = None,
         backbone: str | nn.Module | Backbone | None = None,
+        *,
+        transform: Any = None,
+        device: str | torch.device | None = None,
     ) -> UncertainModel:
         """The same as `posthoc.load`."""
         launch = check_launch()
         folder = launch.on_main(lambda: locate(folder_or_hub_id, revision))
-        return persistence.load(cls, folder, backbone)
+        return persistence.load(cls, folder, backbone, transform, device)
 
     def _require_fitted(self) -> None:
         missing = [name for name in self.heads if name not in self.fitted_heads]

@@ -22,6 +22,7 @@ from .distributed import check_launch
 from .errors import AdapterError, BackboneError, PosthocError, suggest
 from .files import read_config, read_weights, replace_file, write_adapter
 from .heads import HEADS, FeatureDims, Head, make_head
+from .images import Transform
 from .scores import HeldOutScores
 
 if TYPE_CHECKING:
@@ -120,7 +121,13 @@ def write_run(folder: Path | None, name: str, content: Any) -> None:
         raise PosthocError(f"cannot write {folder / name}: {error}") from error
 
 
-def load(cls: type[UncertainModel], folder: Path, backbone: str | nn.Module | Backbone | None) -> UncertainModel:
+def load(
+    cls: type[UncertainModel],
+    folder: Path,
+    backbone: str | nn.Module | Backbone | None,
+    transform: Transform | None = None,
+    device: str | torch.device | None = None,
+) -> UncertainModel:
     """See `posthoc.load`. Heads are built only after the backbone was found to be the right one."""
     config = read_config(folder)
     for described in config.heads:
@@ -129,7 +136,7 @@ def load(cls: type[UncertainModel], folder: Path, backbone: str | nn.Module | Ba
                 f"{folder}: this posthoc has no head {described.name!r}: {suggest(described.name, HEADS)}"
             )
     tensors = read_weights(folder, config.weights)
-    frozen = _attach(config, backbone, folder)
+    frozen = _attach(config, backbone, folder, transform, device)
     dims = {h.name: FeatureDims(frozen.embedding_dim, config.backbone.penultimate_dim, h.classes) for h in config.heads}
     heads = [_build(described, dims[described.name], config.weights.bytes, folder) for described in config.heads]
     model = cls(frozen, heads)
@@ -140,15 +147,28 @@ def load(cls: type[UncertainModel], folder: Path, backbone: str | nn.Module | Ba
     return model
 
 
-def _attach(config: AdapterConfig, backbone: str | nn.Module | Backbone | None, folder: Path) -> Backbone:
+def _attach(
+    config: AdapterConfig,
+    backbone: str | nn.Module | Backbone | None,
+    folder: Path,
+    transform: Transform | None,
+    device: str | torch.device | None,
+) -> Backbone:
     described = config.backbone
     if backbone is None and described.source == "module":
         raise AdapterError(
             f"{folder} was fitted on a module of your own ({described.name}), which an adapter cannot name: give it "
-            "with load(..., backbone=your_model)"
+            "with load(..., backbone=your_model, transform=its_preprocessing)"
+        )
+    if backbone is None and described.weights in ("random", "checkpoint"):
+        raise AdapterError(
+            f"{folder} was fitted on {described.name} with weights of your own ({described.weights}), which no hub has: "
+            "give the network with load(..., backbone=...), or its file with `posthoc predict --checkpoint`"
         )
     frozen = build_backbone(
         _address(described) if backbone is None else backbone,
+        transform=transform,
+        device=device,
         feature_layer=described.feature_layer,
         classifier_layer=described.classifier_layer,
     )

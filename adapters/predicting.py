@@ -108,6 +108,11 @@ def _one_image(data: Any) -> Any:
     if not isinstance(data, np.ndarray | Tensor) or data.ndim != 3:
         return data
     ready = data.dtype.is_floating_point if isinstance(data, Tensor) else data.dtype.kind == "f"
+    if not ready and data.shape[0] in (1, 3, 4) and data.shape[-1] not in (1, 3, 4):
+        raise DataError(
+            f"uint8 {list(data.shape)} is either {data.shape[0]} grey images or one image with channels first: give "
+            "[1,C,H,W] or [H,W,C] for one image, [N,H,W,1] for grey ones"
+        )
     return data[None] if ready or data.shape[-1] in (1, 3, 4) else data
 
 

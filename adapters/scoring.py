@@ -48,15 +48,13 @@ def score(head: Head, features: Features, rows: np.ndarray, device: torch.device
 def decisions(features: Features, rows: np.ndarray) -> tuple[Tensor, Tensor] | None:
     """Whether the backbone's decision is wrong, bool [n], and its cross-entropy in nats, float32 [n].
 
-    The true class of a soft label is its most probable one. None without labels, without logits, or when a label is no
-    class of the classifier.
+    The true class of a soft label is its most probable one. None without labels, without logits, or when the labels have
+    another number of classes than the classifier: they are not its classes then, as heads take it too.
     """
     label, logits = features.label, features.logits
-    if label is None or logits is None:
+    if label is None or logits is None or features.num_classes != logits.shape[-1]:
         return None
     true = label[rows] if label.ndim == 1 else label[rows].argmax(axis=1)
-    if (label.ndim == 2 and label.shape[1] != logits.shape[-1]) or true.max(initial=0) >= logits.shape[-1]:
-        return None
     wrong, losses = [], []
     for start in range(0, len(rows), CHUNK):
         said = torch.from_numpy(np.ascontiguousarray(logits[rows[start : start + CHUNK]], dtype=np.float32))

@@ -117,6 +117,8 @@ def train(
     signature = repr((key, len(rows), epochs, lr, batch_size, options.seed, weight_decay, accelerator.num_processes))
     run = _Run(step, optimizer, schedule, folder, signature)
     result, first_epoch = run.resume()
+    if first_epoch and first_epoch - 1 - result.best_epoch >= patience:  # it had stopped early, and stays so
+        first_epoch = epochs
     prepared = accelerator.prepare(step) if accelerator.num_processes > 1 else step
     bar = tqdm(
         range(first_epoch, epochs),

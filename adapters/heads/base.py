@@ -80,6 +80,8 @@ class Head(nn.Module):
     """Outputs beside "uncertainty"."""
     uses_pairs: ClassVar[bool] = False
     """Whether it is trained on positive pairs (labels, soft labels or views)."""
+    needs_labels: ClassVar[bool] = False
+    """Whether it cannot be fitted without labels."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

@@ -6,6 +6,8 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -90,24 +92,36 @@ def moments(array: np.ndarray, rows: np.ndarray, chunk: int = 8192) -> tuple[Ten
 
 def pair_sources(data: FitData) -> tuple[FeatureTable, PairSource, PairSource]:
     """The table and the sources of pairs among the fitting and among the held-out rows."""
+    table, source = _pairing(data)
+    fitting = source(data.train)
+    try:
+        return table, fitting, source(data.held_out)
+    except DataError as error:
+        raise DataError(
+            f"among the {len(data.held_out)} held-out rows (of {len(data.train) + len(data.held_out)}): {error}; hold out "
+            "more with a larger validation share, or give more rows"
+        ) from error
+
+
+def _pairing(data: FitData) -> tuple[FeatureTable, Callable[[np.ndarray], PairSource]]:
+    """The table, and what makes a source of pairs of some of its rows."""
     if data.positives == "views":
         if data.views is None:
             raise DataError("positives='views' need stored views: give images, or extract(data, views=8) and labels")
         table = FeatureTable(data.views.embedding, data.device)
-        return table, ViewPairs(table, data.train), ViewPairs(table, data.held_out)
+        return table, partial(ViewPairs, table)
     table = FeatureTable(data.features.embedding, data.device)
     if data.positives == "ids":
         assert data.ids is not None
-        return table, LabelPairs(table, data.ids, data.train), LabelPairs(table, data.ids, data.held_out)
+        return table, partial(LabelPairs, table, data.ids)
     label = data.features.label
     if label is None:
         raise DataError(f"positives={data.positives!r} need labels, and the data has none: give labels, or 'views'")
     if data.positives == "soft-labels":
         if label.ndim != 2:
             raise DataError(f"positives='soft-labels' need labels of shape [N, C]; these are {label.shape}")
-        return table, SoftLabelPairs(table, label, data.train), SoftLabelPairs(table, label, data.held_out)
-    hard = label if label.ndim == 1 else label.argmax(1)
-    return table, LabelPairs(table, hard, data.train), LabelPairs(table, hard, data.held_out)
+        return table, partial(SoftLabelPairs, table, label)
+    return table, partial(LabelPairs, table, label if label.ndim == 1 else label.argmax(1))
 
 
 def held_out_loss(step: nn.Module, rows: np.ndarray, batch_size: int, seed: int) -> float:
@@ -123,10 +137,14 @@ def held_out_loss(step: nn.Module, rows: np.ndarray, batch_size: int, seed: int)
 def fit_key(head: Head, data: FitData) -> str:
     """What a checkpoint belongs to: the head's options, the rows, the labels and a sample of the features."""
     digest = hashlib.sha256(json.dumps([head.name, head.config(), data.positives], sort_keys=True).encode())
-    digest.update(np.ascontiguousarray(data.train).tobytes())
+    for rows in (data.train, data.held_out, data.ids):
+        if rows is not None:
+            digest.update(np.ascontiguousarray(rows).tobytes())
     f = data.features if data.views is None else data.views
     sample = data.train[:: max(1, len(data.train) // 1024)]
     digest.update(np.ascontiguousarray(f.embedding[sample]).tobytes())
+    if data.features.logits is not None:
+        digest.update(np.ascontiguousarray(data.features.logits[sample]).tobytes())
     if data.features.label is not None:
         digest.update(np.ascontiguousarray(data.features.label[data.train]).tobytes())
     return digest.hexdigest()

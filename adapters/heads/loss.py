@@ -41,6 +41,7 @@ class LossHead(Head):
 
     name = "loss"
     kind = "decision"
+    needs_labels = True
 
     def __init__(self, objective: str = "ranking", margin: float = 0.1, width: int = 64, depth: int = 2) -> None:
         super().__init__(

@@ -412,3 +412,25 @@ def test_a_run_leaves_its_settings_and_resumes(network: Tiny, data: tuple[Tensor
     again = posthoc.wrap(network, head="loss").fit(data, epochs=3, output_dir=run)
     assert torch.equal(again.predict(data[0]).uncertainty, first.predict(data[0]).uncertainty)
     assert again.report["loss"]["train_loss"] == first.report["loss"]["train_loss"]
+
+
+def test_labels_of_other_classes_are_not_the_classifiers(network: Tiny, data: tuple[Tensor, Tensor]) -> None:
+    images, label = data
+    wide = Tiny()
+    wide.fc = nn.Linear(8, 50)
+    model = posthoc.wrap(wide, "kappa").fit((images, label), epochs=1, validation=0.25)
+    assert model.fitted_on["fit"]["backbone"] == {}
+    with pytest.raises(OptionError, match="whose classifier has those classes"):
+        model.threshold(risk=0.5)
+
+
+def test_a_head_that_needs_labels_says_so_before_any_training(network: Tiny, data: tuple[Tensor, Tensor]) -> None:
+    wrapped = posthoc.wrap(network, ["kappa", "loss"])
+    with pytest.raises(DataError, match="the loss head needs labels"):
+        wrapped.fit(data[0], views=2, epochs=1)
+    assert not wrapped.report
+
+
+def test_one_colour_image_with_channels_first_is_not_three_grey_ones(model: UncertainModel) -> None:
+    with pytest.raises(DataError, match="3 grey images or one image"):
+        model.predict(np.zeros((3, 12, 12), dtype=np.uint8))

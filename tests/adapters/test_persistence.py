@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -234,3 +235,29 @@ def test_the_config_tells_backbone_data_and_fit(model: UncertainModel, adapter: 
 def test_plain_turns_numbers_of_any_library_into_json() -> None:
     value = {0.1: torch.tensor([1.0, float("nan")]), "path": Path("x"), "n": (True, None, 2)}
     assert plain(value) == {"0.1": [1.0, None], "path": "x", "n": [True, None, 2]}
+
+
+def test_a_loaded_own_network_takes_images_when_its_transform_is_given(tmp_path: Path) -> None:
+    from torchvision.transforms import ToTensor
+
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (60, 12, 12, 3), dtype=np.uint8)
+    model = posthoc.wrap(tiny(), head="kappa", transform=ToTensor())
+    model.fit((images, np.arange(60) % 3), epochs=1, validation=0.3, cache_dir=tmp_path / "store")
+    folder = model.save_pretrained(tmp_path / "own")
+    loaded = posthoc.load(folder, backbone=tiny(), transform=ToTensor(), device="cpu")
+    assert torch.equal(loaded(images[:5]).uncertainty, model(images[:5]).uncertainty)
+    with pytest.raises(BackboneError, match="transform="):
+        posthoc.load(folder, backbone=tiny())(images[:5])
+
+
+def test_weights_that_no_hub_has_are_asked_for_at_once(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wrapped = posthoc.wrap("test_resnet", head="kappa", pretrained=False)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, wrapped.backbone.embedding_dim)).astype(np.float32)
+    features = posthoc.adapters.features.Features.from_arrays(x, label=np.arange(40) % 2)
+    folder = wrapped.fit(features, epochs=1, validation=0.3).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"\(random\), which no hub has"):
+        posthoc.load(folder)

@@ -128,3 +128,13 @@ def test_options_out_of_range_are_refused(bad: dict) -> None:
 @pytest.mark.parametrize(("rows", "epochs"), [(100, 200), (51_200, 10), (10_000_000, 5)])
 def test_epochs_follow_from_the_wanted_steps(rows: int, epochs: int) -> None:
     assert epochs_for(rows, 512, 1000) == epochs
+
+
+def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
+    values = iter([3.0, 1.0] + [2.0] * 20 + [0.0] * 10)
+    first = run(Regression(), epochs=100, evaluate=lambda: next(values), output_dir=tmp_path)
+    step = Regression()
+    again = run(step, epochs=100, evaluate=lambda: next(values), output_dir=tmp_path)
+    assert len(first.held_out) == 22
+    assert again.held_out == first.held_out
+    assert again.best_epoch == 1

@@ -215,3 +215,11 @@ def test_adapters_stay_below_a_megabyte_at_2048_dimensions(name: str) -> None:
     head = make_head(name)
     head.build(FeatureDims(2048, 2048, 1000))
     assert sum(t.numel() * t.element_size() for t in head.state_dict().values()) < 1e6
+
+
+def test_the_side_of_the_split_that_has_no_pairs_is_named() -> None:
+    features, _ = ambiguous_data()
+    rows = np.arange(len(features))
+    alone = FitData(features, rows[2:], rows[:2], options=TrainOptions(progress=False))
+    with pytest.raises(posthoc.PosthocError, match=r"among the 2 held-out rows.*validation"):
+        KappaHead().fit(alone)
