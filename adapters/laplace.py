@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,20 @@ from .errors import DataError, NotFittedError, OptionError, suggest
 
 CHUNK_BYTES = 32 * 2**20
 LOG_PRIOR_RANGE = (math.log(1e-10), math.log(1e10))
+
+
+class RowArray(Protocol):
+    """What is read by rows like an array [N, P], computed as it is read."""
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
 
 
 class LastLayerPosterior(nn.Module):
@@ -59,7 +74,7 @@ class LastLayerPosterior(nn.Module):
     @torch.no_grad()
     def fit(
         self,
-        penultimate: np.ndarray | Tensor,
+        penultimate: np.ndarray | Tensor | RowArray,
         weight: np.ndarray | Tensor,
         bias: np.ndarray | Tensor | None = None,
         labels: np.ndarray | Tensor | None = None,
@@ -285,7 +300,7 @@ def _check_classifier(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
 
 
 def _check_rows(
-    penultimate: np.ndarray | Tensor, labels: np.ndarray | Tensor | None, inputs: int, classes: int
+    penultimate: np.ndarray | Tensor | RowArray, labels: np.ndarray | Tensor | None, inputs: int, classes: int
 ) -> Tensor | None:
     """Shapes and range of the rows; gives the labels as a tensor."""
     if penultimate.ndim != 2 or penultimate.shape[1] != inputs or len(penultimate) == 0:
@@ -315,7 +330,7 @@ def _check_rows(
 
 
 def _chunks(
-    array: np.ndarray | Tensor, subset: np.ndarray, width: int, device: torch.device
+    array: np.ndarray | Tensor | RowArray, subset: np.ndarray, width: int, device: torch.device
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Positions and rows (float64) of consecutive chunks of about CHUNK_BYTES; refuses non-finite rows."""
     size = max(64, CHUNK_BYTES // (8 * width))
