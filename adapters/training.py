@@ -39,6 +39,10 @@ class TrainOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "seed"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise OptionError(f"{name}={value!r} was given; expected a whole number that is not negative")
         if self.epochs is not None and self.epochs < 1:
             raise OptionError(f"epochs={self.epochs} was given; expected at least 1")
         if self.lr is not None and not 0.0 < self.lr < math.inf:

@@ -157,5 +157,11 @@ def check_choice(head: str, option: str, value: object, allowed: tuple[str, ...]
 
 def check_positive(head: str, **values: float | int | None) -> None:
     for option, value in values.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise OptionError(f"head {head!r}: {option}={value} was given; expected a positive number")
+        if value is not None and (not isinstance(value, int | float) or not 0 < value < float("inf")):
+            raise OptionError(f"head {head!r}: {option}={value!r} was given; expected a positive number")
+
+
+def check_whole(head: str, low: int = 1, **values: int | None) -> None:
+    for option, value in values.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            raise OptionError(f"head {head!r}: {option}={value!r} was given; expected a whole number of at least {low}")

@@ -17,7 +17,16 @@ from ..positives import FeatureTable, PairSource, draw_negatives
 from ..training import epochs_for, step_generator, train
 from ..vmf import VonMisesFisher, concentration_from_resultant, mean_resultant_length
 from .base import FeatureDims, FitData, Head
-from .common import LogSumExpNet, check_choice, check_positive, fit_key, held_out_loss, moments, pair_sources
+from .common import (
+    LogSumExpNet,
+    check_choice,
+    check_positive,
+    check_whole,
+    fit_key,
+    held_out_loss,
+    moments,
+    pair_sources,
+)
 
 LOWEST_RESULTANT, HIGHEST_RESULTANT, INITIAL_RESULTANT = 0.02, 0.9999, 0.9
 CONE_RESULTANT = 0.3
@@ -74,8 +83,9 @@ class KappaHead(Head):
             calibrate=calibrate,
         )
         check_choice(self.name, "parametrization", parametrization, ("network", "norm"))
-        check_positive(self.name, projection=projection, width=width, concentration=concentration)
-        check_positive(self.name, n_samples=n_samples, n_negatives=n_negatives)
+        check_positive(self.name, concentration=concentration)
+        check_whole(self.name, low=2, projection=projection)
+        check_whole(self.name, width=width, n_samples=n_samples, n_negatives=n_negatives)
 
     mean: Tensor
     log_range: Tensor

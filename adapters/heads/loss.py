@@ -17,7 +17,7 @@ from ..positives import FeatureTable
 from ..splits import row_uniform
 from ..training import epochs_for, train
 from .base import FeatureDims, FitData, Head
-from .common import ScalarNet, check_choice, check_positive, fit_key, moments
+from .common import ScalarNet, check_choice, check_positive, check_whole, fit_key, moments
 
 STEPS = 1500
 FOLDS = 5
@@ -51,7 +51,8 @@ class LossHead(Head):
             depth=depth,
         )
         check_choice(self.name, "objective", objective, ("ranking", "mse"))
-        check_positive(self.name, margin=margin, width=width, depth=depth)
+        check_positive(self.name, margin=margin)
+        check_whole(self.name, width=width, depth=depth)
 
     def build(self, dims: FeatureDims) -> None:
         self.dims = dims

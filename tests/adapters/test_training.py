@@ -130,6 +130,12 @@ def test_epochs_follow_from_the_wanted_steps(rows: int, epochs: int) -> None:
     assert epochs_for(rows, 512, 1000) == epochs
 
 
+@pytest.mark.parametrize("options", [{"epochs": 1.5}, {"epochs": 0}, {"seed": -1}, {"batch_size": "8"}, {"lr": 0.0}])
+def test_training_options_out_of_range_are_refused(options: dict) -> None:
+    with pytest.raises(posthoc.PosthocError, match=str(next(iter(options)))):
+        TrainOptions(**options)
+
+
 def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
     values = iter([3.0, 1.0] + [2.0] * 20 + [0.0] * 10)
     first = run(Regression(), epochs=100, evaluate=lambda: next(values), output_dir=tmp_path)

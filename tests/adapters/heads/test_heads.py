@@ -194,7 +194,16 @@ def test_labels_are_needed_where_losses_are_learnt() -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("kappa", {"parametrization": "normal"}), ("loss", {"objective": "l1"}), ("temperature", {"width": -1})],
+    [
+        ("kappa", {"parametrization": "normal"}),
+        ("kappa", {"projection": "8"}),
+        ("kappa", {"projection": 1}),
+        ("kappa", {"n_samples": 2.5}),
+        ("loss", {"objective": "l1"}),
+        ("loss", {"margin": "0.1"}),
+        ("temperature", {"width": -1}),
+        ("temperature", {"depth": -1}),
+    ],
 )
 def test_options_out_of_range_are_refused(name: str, options: dict) -> None:
     with pytest.raises(posthoc.PosthocError, match="expected"):
