@@ -64,13 +64,22 @@ class Backbone(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the first parameter is."""
-        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        for parameter in self.parameters():
+            return parameter.device
+        return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the first floating-point parameter."""
-        kinds = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
-        return next(kinds, torch.float32)
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+        return torch.float32
+
+    @property
+    def is_read(self) -> bool:
+        """Whether embedding and classifier have been found; without a usable probe the first batch finds them."""
+        return self._reader is not None
 
     @property
     def structure(self) -> Structure:

@@ -201,13 +201,16 @@ def describe(backbone: Backbone, data: FitData, options: FitOptions, facts: dict
         "seed": training.seed,
         "backbone": facts,
     }
-    preprocessing = {**_ready_size(backbone, source), **backbone.preprocessing}
+    preprocessing = {**backbone.preprocessing, **_ready_size(backbone, source)}
     return {"data": {"kind": "features", **known, **rows}, "fit": fit, "preprocessing": preprocessing}
 
 
 def _ready_size(backbone: Backbone, source: Source | None) -> dict[str, list[int]]:
-    """The size of images that come preprocessed, where the backbone has no preprocessing that tells it."""
-    if backbone.transform is not None or source is None:
+    """The size of images as the network takes them, where its preprocessing does not tell it: that of the first one."""
+    known = backbone.preprocessing.get("input_size")
+    if (known and None not in known) or source is None:
         return {}
     image = next(iter(source.stream())).image
+    if backbone.transform is not None:
+        return {"input_size": list(backbone.prepare([image]).shape[1:])}
     return {"input_size": list(image.shape)} if hasattr(image, "shape") and len(image.shape) == 3 else {}

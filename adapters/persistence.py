@@ -196,9 +196,9 @@ def _address(described: BackboneConfig) -> str:
 
 
 def _look(backbone: Backbone, preprocessing: dict[str, Any]) -> None:
-    """Show a network without a transform one batch of noise of the size it was fitted with: its parts are found so."""
+    """Show a network that took no probe one batch of noise of the size it was fitted with: its parts are found so."""
     size = preprocessing.get("input_size")
-    if backbone.transform is None and _is_size(size):
+    if not backbone.is_read and _is_size(size):
         images = torch.randn((2, *size), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             backbone(images.to(backbone.device, backbone.dtype))
@@ -210,9 +210,7 @@ def _is_size(size: Any) -> TypeGuard[list[int]]:
 
 def _check_preprocessing(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     now = plain(now)
-    changed = [
-        name for name in ("input_size", "mean", "std") if name in then and then[name] != now.get(name, then[name])
-    ]
+    changed = [name for name in ("input_size", "mean", "std") if name in then and _differs(then[name], now.get(name))]
     if changed:
         told = "; ".join(f"{name} {then[name]}, now {now[name]}" for name in changed)
         warnings.warn(
@@ -220,6 +218,13 @@ def _check_preprocessing(then: dict[str, Any], now: dict[str, Any], folder: Path
             UserWarning,
             stacklevel=2,
         )
+
+
+def _differs(then: Any, now: Any) -> bool:
+    """Whether a setting is known to be another one; None, and None for a side of the image, is not known."""
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        return any(_differs(a, b) for a, b in zip(then, now, strict=True))
+    return now is not None and then != now
 
 
 class _Budget(TorchDispatchMode):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torchvision.transforms import ToTensor
 
 from posthoc.adapters import losses
 from posthoc.adapters.vmf import mean_resultant_length
@@ -53,3 +55,36 @@ def test_objectives_table_of_resultants_is_right() -> None:
 @pytest.mark.parametrize("name", losses.__all__)
 def test_every_objective_is_described(name: str) -> None:
     assert name in _page("objectives.md")
+
+
+def test_readme_snippets_of_an_own_network_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import posthoc
+
+    own, thresholds, saving = re.findall(r"```python\n(.*?)```", _page("../README.md"), flags=re.DOTALL)[1:]
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(192, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
+        )
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (150, 8, 8, 3), dtype=np.uint8), rng.integers(0, 3, 150)
+    names = {
+        "posthoc": posthoc,
+        "my_network": network,
+        "my_transform": ToTensor(),
+        "images": images,
+        "labels": labels,
+        "batch": images[:4],
+    }
+    exec(own, names)
+    coverage, risk = thresholds.strip().splitlines()
+    exec(coverage.replace("0.95", "0.8"), names)
+    exec(risk.replace("0.05", "1.0"), names)
+    save, by_name, by_network = saving.strip().splitlines()
+    exec(save, names)
+    with pytest.raises(posthoc.PosthocError, match="module of your own"):
+        exec(by_name, names)
+    before = names["model"](images[:4]).uncertainty
+    exec(by_network, names)
+    assert torch.equal(names["model"](images[:4]).uncertainty, before)
