@@ -88,7 +88,7 @@ def split_images(images: Any) -> list[Any]:
     """A batch of PIL or uint8 images as single images for `to_pil`. Raises DataError where the shape is ambiguous."""
     if isinstance(images, Image.Image):
         return [images]
-    if isinstance(images, list | tuple):
+    if isinstance(images, (list, tuple)):
         return list(images)
     array = _as_numpy(images)
     if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS):
@@ -105,7 +105,7 @@ def split_images(images: Any) -> list[Any]:
 
 def is_ready(images: Any) -> bool:
     """Whether these are float images, that is to say already preprocessed."""
-    if isinstance(images, list | tuple):
+    if isinstance(images, (list, tuple)):
         return bool(images) and all(is_ready(image) for image in images)
     if isinstance(images, Tensor):
         return images.is_floating_point()
@@ -114,7 +114,7 @@ def is_ready(images: Any) -> bool:
 
 def ready_batch(images: Any) -> Tensor:
     """Float images as one tensor [B,C,H,W]; one image [C,H,W] is a batch of one. Raises DataError for unequal sizes."""
-    if isinstance(images, list | tuple):
+    if isinstance(images, (list, tuple)):
         tensors = [torch.as_tensor(image) for image in images]
         shapes = sorted({tuple(tensor.shape) for tensor in tensors})
         if len(shapes) > 1:

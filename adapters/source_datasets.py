@@ -185,10 +185,12 @@ class HFSource(Source):
         return np.asarray(plain.select_columns([name])[:][name])
 
     def names(self) -> list[str] | None:
+        import pyarrow
+
         dataset = _undecoded(self.plain.with_format(None))
         image = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
         storage = dataset.data.column(image).type if image else None
-        if storage is None or "path" not in [field.name for field in getattr(storage, "fields", [])]:
+        if not isinstance(storage, pyarrow.StructType) or storage.get_field_index("path") < 0:
             return None
         paths = f"{image}.path"  # selected before anything is read: the bytes beside them may be many
         found = list(dataset.select_columns([image]).flatten().select_columns([paths])[:][paths])

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import timm
@@ -24,8 +25,24 @@ def _load(path: Path) -> ModuleType:
 survey = _load(Path(__file__).resolve().parents[2] / "docs" / "make_backbones.py")
 
 
+@pytest.fixture(autouse=True)
+def _small_networks_keep_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm before 1.0.31 forgets the option `img_size`, by which the survey makes networks small."""
+    create = timm.create_model
+
+    def created(name: str, **options: Any) -> Any:
+        model = create(name, **options)
+        if not hasattr(model, "_model_args"):
+            model._model_args = options
+        return model
+
+    monkeypatch.setattr(timm, "create_model", created)
+
+
 @pytest.mark.parametrize(("family", "number"), survey.cases())
 def test_a_family_keeps_every_promise_of_a_backbone(family: str, number: int) -> None:
+    if family in survey.CASES and not timm.is_model(survey.CASES[family][number][0]):
+        pytest.skip(f"timm {timm.__version__} does not have the network of the survey")
     row = survey.examine(family, number)
     if row.not_built is not None:
         pytest.skip(f"{row.model} cannot be built: {row.not_built}")
@@ -57,5 +74,5 @@ def test_the_page_tells_what_was_found() -> None:
 def test_a_family_that_the_table_does_not_know_is_examined_by_its_smallest_network(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delitem(survey.CASES, "pit")
-    assert survey.case("pit", 0) == ("pit_ti_224", {"side": 224})
+    monkeypatch.delitem(survey.CASES, "ghostnet")
+    assert survey.case("ghostnet", 0) == ("ghostnet_050", {"side": 224})

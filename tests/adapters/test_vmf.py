@@ -28,12 +28,19 @@ def _axis(dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def _exact(kappa: float, dim: int) -> tuple[float, float]:
-    """log C and A to 30 digits."""
-    with mpmath.workdps(30):
-        nu, k = mpmath.mpf(dim) / 2 - 1, mpmath.mpf(kappa)
-        below = mpmath.besseli(nu, k)
-        log = nu * mpmath.log(k) - mpmath.mpf(dim) / 2 * mpmath.log(2 * mpmath.pi) - mpmath.log(below)
-        return float(log), float(mpmath.besseli(nu + 1, k) / below)
+    """log C and A to 30 digits, by recurrence from where the Bessel function of order 0 or 1/2 is known."""
+    with mpmath.workdps(40):
+        k, nu = mpmath.mpf(kappa), mpmath.mpf(dim) / 2 - 1
+        order, ratio, log = nu + 60 + int(10 * mpmath.sqrt(k)), mpmath.mpf(0), mpmath.mpf(0)
+        while order > nu % 1:  # the ratio of the orders order and order - 1; whatever it starts from is soon forgotten
+            ratio = 1 / (2 * order / k + ratio)
+            if order == nu + 1:
+                mean = ratio
+            elif order <= nu:
+                log += mpmath.log(ratio)
+            order -= 1
+        log += mpmath.log(mpmath.besseli(nu % 1, k))
+        return float(nu * mpmath.log(k) - mpmath.mpf(dim) / 2 * mpmath.log(2 * mpmath.pi) - log), float(mean)
 
 
 def test_golden_normaliser_and_mean_length(shared: Path) -> None:
