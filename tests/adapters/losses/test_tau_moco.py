@@ -22,7 +22,7 @@ CASES = ["n8_d16_k32_t0.1_s130", "n16_d32_k64_t0.07_s131"]
 
 # Two processes with 2 and 3 keys each, twice, into a queue of 7; each says what its queue holds.
 PROGRAM = """
-import json, torch
+import json, sys, torch
 from torch import nn
 from posthoc.adapters.distributed import check_launch
 from posthoc.adapters.losses import MomentumContrast
@@ -31,7 +31,8 @@ rank = check_launch().rank
 moco = MomentumContrast(nn.Linear(1, 1), dim=1, queue_size=7)
 for turn in (1, -1):
     moco.enqueue(torch.full((2 + rank, 1), float(turn * (1 if rank else -1))))
-print(json.dumps([rank, moco.queue[:, 0].tolist(), int(moco.position)]), flush=True)
+said = json.dumps([rank, moco.queue[:, 0].tolist(), int(moco.position)])
+sys.stdout.write(said + "\\n")  # in one write: two processes share the pipe
 torch.distributed.destroy_process_group()
 """
 
