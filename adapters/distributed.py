@@ -82,12 +82,16 @@ def check_launch() -> Launch:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
+    fresh = not PartialState._shared_state
     # Without a launch nothing is initialised: the caller may still want to build an Accelerator with other options.
-    if promised == 1 and not PartialState._shared_state:
+    if promised == 1 and fresh:
         return Launch(0, 1)
-    # Accelerator reads this variable itself, PartialState does not.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    if promised > 1 and state.num_processes == 1:
+    # A launch numbers its processes; without a number some versions of accelerate see one process, some fail.
+    state = None
+    if not fresh or "RANK" in os.environ:
+        # Accelerator reads this variable itself, PartialState does not.
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state is None or (promised > 1 and state.num_processes == 1):
         raise PosthocError(
             f"WORLD_SIZE is {promised}, but accelerate sees one process: each of the {promised} would believe itself "
             "alone and write the same files. On CPU start with `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -114,7 +115,10 @@ def test_after_a_kill_two_runs_at_once_go_on_together(alone: Features, tmp_path:
 
 
 def test_two_processes_of_a_launch_share_the_work(alone: Features, tmp_path: Path) -> None:
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", port)
     said, _ = ended(start(tmp_path / "store", launcher))
     assert [one["passes"] for one in said] == [8, 8]
     assert [one["rows"] for one in said] == [1000, 1000]
