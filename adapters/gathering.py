@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.autograd.function import once_differentiable
+
+from .numerics import first_order
 
 
 def gather_rows(x: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
-    @once_differentiable
+    @first_order("the gathering of rows")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total = grads[0].clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution, constraints
 from torch.nn import functional
 
 from .errors import OptionError
+from .numerics import first_order
 from .vmf_table import cosine_table, solve_quantile
 
 ORDER, TERMS = 14, 8  # Debye's expansion is used at orders >= 14 with 8 corrections, where it errs by less than 1e-10
@@ -72,9 +72,8 @@ def concentration_from_resultant(resultant: Tensor, dim: int) -> Tensor:
     for _ in range(6):
         gap, slope = _gap_and_slope(kappa, inner, dim)
         kappa = torch.maximum(kappa - gap / slope, 0.5 * kappa)
-    slope = _gap_and_slope(kappa, inner, dim)[1]
-    kappa = torch.where(fixed < 1.0, kappa + (r - fixed) / slope, torch.inf)
-    return kappa.to(_dtype(resultant))
+    inverse = torch.where(fixed < 1.0, 1.0 / _gap_and_slope(kappa, inner, dim)[1], 0.0)
+    return _WithSlopes.apply(torch.where(fixed < 1.0, kappa, torch.inf), r, inverse).to(_dtype(resultant))
 
 
 class VonMisesFisher(Distribution):
@@ -164,11 +163,7 @@ class VonMisesFisher(Distribution):
             by_level = torch.where(point, 0.0, sine / exact.density)
             cosine = torch.where(point, 1.0, 1.0 - 2.0 * h * h)
             cosine = torch.where(level <= 0.0, -1.0, torch.where(level >= 1.0, 1.0, cosine))
-        moved = by_level * (level - level.detach())
-        if self.concentration.requires_grad:
-            finite = torch.where(point, 0.0, kappa)
-            moved = moved + by_kappa * (finite - finite.detach())
-        return (cosine + moved).to(self.concentration.dtype)
+        return _WithSlopes.apply(cosine, level, by_level, kappa, by_kappa).to(self.concentration.dtype)
 
     def rsample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Samples [*sample_shape, *batch, d], with unbiased gradients for mu and kappa.
@@ -184,7 +179,9 @@ class VonMisesFisher(Distribution):
         noise = standard_normal(shape, mu, generator)
         fixed = mu.detach()
         tangent = functional.normalize(noise - (noise * fixed).sum(-1, keepdim=True) * fixed, dim=-1)
-        tangent = tangent - (tangent * mu).sum(-1, keepdim=True) * mu  # zero now; its derivative is the rotation's
+        # the smallest rotation from `fixed` to mu: none now, but its derivatives are there
+        turn = (tangent * mu).sum(-1, keepdim=True) / (1.0 + (fixed * mu).sum(-1, keepdim=True))
+        tangent = tangent - turn * (fixed + mu)
         return (1.0 - 2.0 * h * h) * mu + 2.0 * h * torch.sqrt((1.0 - h * h).clamp(min=1e-12)) * tangent
 
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
@@ -225,10 +222,24 @@ class _HalfChord(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable
+    @first_order("a sample's cosine")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
         return (grads[0] * slope).sum(-1), None, None
+
+
+class _WithSlopes(torch.autograd.Function):
+    """Given values, as a function of inputs with given slopes: of (value, input, slope, input, slope, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(*pairs[1::2])
+        return value.clone()
+
+    @staticmethod
+    @first_order("this function of a von Mises-Fisher distribution")
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(g for slope in ctx.saved_tensors for g in (grads[0] * slope, None))
 
 
 class _Sphere(constraints.Constraint):

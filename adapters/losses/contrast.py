@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..errors import OptionError
+from ..numerics import first_order
 
 CHUNK, CHUNK_GPU = 1 << 19, 1 << 22  # similarities of a slab of rows: what a cache holds, what fills a GPU
 
@@ -113,7 +113,7 @@ class _Contrast(torch.autograd.Function):
         return torch.where(used, loss, 0.0).sum() / count
 
     @staticmethod
-    @once_differentiable
+    @first_order("a contrastive loss (NTXent, TaU, AnInfoNCE)")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return *(None if g is None else grads[0] * g for g in ctx.saved_tensors), None, None, None
 

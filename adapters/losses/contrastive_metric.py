@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..errors import OptionError
 from ..mining import check_miner, check_pairs, directions, mine_triplets, triplet_counts, unit_distances
+from ..numerics import first_order
 from ..positives import label_masks
 
 CHUNK, CHUNK_GPU = 1 << 17, 1 << 24  # pairs held at a time
@@ -113,6 +113,6 @@ class _MinedLoss(torch.autograd.Function):
         return (total * share).sum()
 
     @staticmethod
-    @once_differentiable
+    @first_order("ContrastiveMetric")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0] * ctx.saved_tensors[0], *(None,) * 5

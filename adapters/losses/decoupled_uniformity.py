@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..errors import OptionError
 from ..gathering import gather_rows
+from ..numerics import first_order
 from .kernels import Kernel, gram_matrix, ridge_factor, squared_distances
 
 CHUNK, CHUNK_GPU = 1 << 18, 1 << 24  # pairs held at a time
@@ -164,6 +164,6 @@ class _Uniformity(torch.autograd.Function):
         return top + total.log() - math.log(n * (n - 1) / 2)
 
     @staticmethod
-    @once_differentiable
+    @first_order("DecoupledUniformity")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0] * ctx.saved_tensors[0], None, None

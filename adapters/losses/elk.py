@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..errors import OptionError
 from ..vmf import VonMisesFisher, log_normalizer
@@ -122,7 +121,10 @@ def _paper_log_c(kappa: Tensor, dim: int) -> Tensor:
 
 
 class _SquaredChord(torch.autograd.Function):
-    """|mu_i - mu_j|^2 in float64 [B, J] for anchors [B, d] and columns [B, J, d], without keeping the differences."""
+    """|mu_i - mu_j|^2 in float64 [B, J] for anchors [B, d] and columns [B, J, d], without keeping the differences.
+
+    Differentiable twice.
+    """
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, mu: Tensor) -> Tensor:
@@ -136,7 +138,6 @@ class _SquaredChord(torch.autograd.Function):
         return chord
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         anchor, mu = ctx.saved_tensors
         grad = 2.0 * grads[0].to(mu)

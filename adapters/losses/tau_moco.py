@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..errors import OptionError
+from ..numerics import first_order
 from .contrast import CHUNK, CHUNK_GPU, full
 
 
@@ -79,7 +79,7 @@ class _LogSumExp(torch.autograd.Function):
         return top + mass.log()
 
     @staticmethod
-    @once_differentiable
+    @first_order("TaUMoCo")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (mean,) = ctx.saved_tensors
         return grads[0][:, None] * mean, None, None
