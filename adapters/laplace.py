@@ -12,44 +12,45 @@ marginal likelihood) are laplace-torch's, so that numbers can be compared.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .curvature import DiagCurvature, KronCurvature, curvature_class
+from .curvature import Curvature, DiagCurvature, FullCurvature, curvature_class
+from .distributed import check_launch
 from .errors import DataError, NotFittedError, OptionError, suggest
+from .heldout_search import best_on_held_out
+from .laplace_rows import Rows, check_layer, check_targets, chunks, loss_sum
+from .predictive import entropy, laplace_bridge, mean_field, monte_carlo, normal_draws, probit
+from .prior_precision import check_prior, evidence_precision
 
-CHUNK_BYTES = 32 * 2**20
-LOG_PRIOR_RANGE = (math.log(1e-10), math.log(1e10))
-
-
-class RowArray(Protocol):
-    """What is read by rows like an array [N, P], computed as it is read."""
-
-    @property
-    def ndim(self) -> int: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+LINKS = ("probit", "bridge", "bridge_norm", "mean-field", "mc")
+LIKELIHOODS = ("classification", "regression")
+KINDS = {
+    "predictive_entropy": "total",
+    "mutual_information": "epistemic",
+    "expected_entropy": "aleatoric",
+    "max_probability": "total",
+}
+"""What each of `LastLayerPosterior.uncertainties` means."""
 
 
 class LastLayerPosterior(nn.Module):
-    """Gaussian posterior over weight and bias of a linear softmax classifier, at the classifier's own parameters.
+    """Gaussian posterior over weight and bias of a linear layer, at the layer's own parameters.
 
     Args:
-        structure: of the curvature, "kron" or "diag".
-        prior_precision: of the zero-mean Gaussian prior; a number, or two (weight, bias).
+        structure: of the curvature: "kron", "diag", or "full" (weights and biases together, small layers only; it
+            refuses, with the size, what would take more than 2 GiB). laplace-torch's word `hessian_structure` is
+            taken too. Its structures over other weights than the last layer's need the live network:
+            `posthoc.adapters.live_laplace`.
+        prior_precision: of the zero-mean Gaussian prior; a number, two (weight, bias), or for "diag" and "full" one
+            for each parameter [C, P + 1], biases last.
         temperature: of the likelihood, as in laplace-torch: the log likelihood and its curvature are divided by it;
             below 1 the posterior is more concentrated. It leaves the classifier's logits alone. For a tempered softmax
             p(y | f / T), fit with weight / T and bias / T.
+        likelihood: "classification" (softmax) or "regression" (Gaussian noise of standard deviation `sigma_noise`).
 
     `fit` computes and keeps float64; `.float()` makes it small and quick. Outputs are differentiable in their inputs.
     """
@@ -57,298 +58,341 @@ class LastLayerPosterior(nn.Module):
     weight: Tensor
     bias: Tensor | None
     prior_precision: Tensor
-    log_likelihood: Tensor
+    loss: Tensor
 
     def __init__(
-        self, structure: str = "kron", prior_precision: float | Tensor = 1.0, temperature: float = 1.0
+        self,
+        structure: str = "kron",
+        prior_precision: float | Tensor = 1.0,
+        temperature: float = 1.0,
+        likelihood: str = "classification",
+        sigma_noise: float = 1.0,
+        *,
+        hessian_structure: str | None = None,
     ) -> None:
         super().__init__()
-        curvature_class(structure)
-        if not 0 < temperature < math.inf:
-            raise OptionError(f"temperature={temperature} was given; expected a positive number")
-        self.structure, self.temperature, self.n_data = structure, float(temperature), 0
-        self.curvature: KronCurvature | DiagCurvature | None = None
-        self.register_buffer("prior_precision", _prior_pair(prior_precision))
-        self.register_buffer("log_likelihood", torch.tensor(math.nan, dtype=torch.float64))
+        self.structure = hessian_structure or structure
+        if self.structure in ("all", "subnetwork", "functional"):
+            raise OptionError(
+                f"structure={self.structure!r} needs the live network, not stored features: use "
+                "posthoc.adapters.live_laplace.live_posterior(backbone, data, structure=...), which is slow"
+            )
+        curvature_class(self.structure)
+        if not (0 < temperature < math.inf and 0 < sigma_noise < math.inf):
+            raise OptionError(
+                f"temperature={temperature}, sigma_noise={sigma_noise} were given; expected positive numbers"
+            )
+        if likelihood not in LIKELIHOODS:
+            raise OptionError(f"likelihood={likelihood!r} is not known: {suggest(likelihood, LIKELIHOODS)}")
+        self.temperature, self.likelihood, self.sigma_noise = float(temperature), likelihood, float(sigma_noise)
+        self.n_data, self.rows, self.squares = 0, "train", 0.0
+        self.curvature: Curvature | None = None
+        self.register_buffer("prior_precision", check_prior(prior_precision))
+        self.register_buffer("loss", torch.tensor(math.nan, dtype=torch.float64))
 
     @torch.no_grad()
     def fit(
         self,
-        penultimate: np.ndarray | Tensor | RowArray,
+        penultimate: Rows,
         weight: np.ndarray | Tensor,
         bias: np.ndarray | Tensor | None = None,
         labels: np.ndarray | Tensor | None = None,
         subset: np.ndarray | None = None,
+        *,
+        rows: str = "train",
+        across_processes: bool = False,
     ) -> LastLayerPosterior:
         """Curvature at (weight, bias) on stored inputs of the layer, streamed in chunks; returns itself.
 
         Args:
             penultimate: [N, P] inputs of the linear layer, memory maps welcome.
-            weight, bias: [C, P], [C] or None. C >= 2.
-            labels: int [N] or soft [N, C]; only the marginal likelihood needs them.
+            weight, bias: [C, P], [C] or None. C >= 2 for classes.
+            labels: int [N] or soft [N, C]; for regression the targets [N, C] or [N]. Only the marginal likelihood
+                needs them.
             subset: positions of the rows to use (default all), so that a memory map need not be copied.
+            rows: "train", those the layer was trained on, or "heldout", others. The marginal likelihood is one of the
+                rows that the parameters are the optimum of, so it is refused on others.
+            across_processes: whether the rows are this process's share of a launch's; one all-reduce adds all up.
 
         Raises DataError on shapes that do not fit, non-finite values (naming rows), labels out of range.
         """
+        if rows not in ("train", "heldout"):
+            raise OptionError(f"rows={rows!r} was given; expected 'train' (the layer was trained on them) or 'heldout'")
         weight = torch.as_tensor(weight).detach().double()
         bias = None if bias is None else torch.as_tensor(bias).detach().double()
-        classes, inputs = _check_classifier(weight, bias)
-        targets = _check_rows(penultimate, labels, inputs, classes)
+        softmax = self.likelihood == "classification"
+        classes, inputs = check_layer(weight, bias, 2 if softmax else 1)
+        targets = check_targets(penultimate, labels, inputs, classes, softmax)
+        curvature = curvature_class(self.structure)(inputs, classes, bias is not None).to(weight)
+        _check_fits(self.prior_precision, curvature)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.prior_precision = self.prior_precision.to(weight)
-        self.curvature = curvature_class(self.structure)(inputs, classes, bias is not None).to(weight)
         total: list[Tensor] = []
-        log_likelihood = weight.new_zeros(())
+        squares = weight.new_zeros(())
+        loss = weight.new_zeros(()) if targets is not None else weight.new_tensor(math.nan)
         subset = np.arange(len(penultimate)) if subset is None else np.asarray(subset)
-        for rows, phi in _chunks(penultimate, subset, inputs + classes, weight.device):
-            log_p = torch.log_softmax(self.logits(phi), dim=-1)
-            sums = self.curvature.sums(phi, log_p.exp())
+        for at, phi in chunks(penultimate, subset, curvature.width, weight.device):
+            logits = self.logits(phi)
+            squares += phi.square().sum()
+            sums = curvature.sums(phi, torch.softmax(logits, dim=-1) if softmax else None)
             total = list(sums) if not total else [a.add_(b) for a, b in zip(total, sums, strict=True)]
             if targets is not None:
-                log_likelihood += _log_likelihood(log_p, targets[rows].to(log_p.device))
-        self.n_data = len(subset)
-        self.curvature.assign((total[0], total[1]), self.n_data)
-        self.log_likelihood = log_likelihood if targets is not None else log_likelihood * math.nan
+                loss += loss_sum(logits, targets[at].to(logits.device), softmax)
+        count = weight.new_tensor(float(len(subset)))
+        if across_processes:
+            *total, loss, squares, count = _all_reduce([*total, loss, squares, count])
+        self.curvature, self.rows, self.loss = curvature, rows, loss
+        self.n_data, self.squares = int(count), float(squares)
+        curvature.assign(tuple(total), self.n_data)
         return self
 
-    def fitted(self) -> KronCurvature | DiagCurvature:
+    def merge(self, other: LastLayerPosterior) -> LastLayerPosterior:
+        """The posterior fitted on this one's rows and the other's, as if on all of them; both are left as they are.
+
+        Prior and temperature are this one's. Raises OptionError unless both stand on the same layer.
+        """
+        mine, theirs = self.fitted(), other.fitted()
+        same = self.structure == other.structure and self.likelihood == other.likelihood and self.rows == other.rows
+        if same:
+            same = torch.equal(self.weight, other.weight)
+            same = same and (self.bias is None) == (other.bias is None)
+            same = same and (self.bias is None or other.bias is None or torch.equal(self.bias, other.bias))
+        if not same:
+            raise OptionError(
+                "merge adds statistics of one layer on different rows: structure, likelihood, weight, bias and the "
+                f"kind of rows must be the same; got {self.structure} {self.rows} {tuple(self.weight.shape)} and "
+                f"{other.structure} {other.rows} {tuple(other.weight.shape)}, or other parameters"
+            )
+        both = LastLayerPosterior(
+            self.structure, self.prior_precision, self.temperature, self.likelihood, self.sigma_noise
+        )
+        both.register_buffer("weight", self.weight)
+        both.register_buffer("bias", self.bias)
+        sums = zip(mine.totals(self.n_data), theirs.totals(other.n_data), strict=True)
+        both.n_data, both.rows, both.loss = self.n_data + other.n_data, self.rows, self.loss + other.loss
+        both.curvature = curvature_class(self.structure)(mine.inputs, mine.classes, mine.bias).to(self.weight)
+        both.squares = self.squares + other.squares
+        both.fitted().assign(tuple(a + b for a, b in sums), both.n_data)
+        return both
+
+    def fitted(self) -> Curvature:
         """The curvature; NotFittedError before `fit`."""
         if self.curvature is None:
             raise NotFittedError("this LastLayerPosterior has no data yet: call fit(penultimate, weight, bias) first")
         return self.curvature
 
+    @property
+    def factor(self) -> float:
+        """What the curvature of the unit likelihood is multiplied by: 1 / (sigma_noise^2 temperature)."""
+        return 1.0 / (self.sigma_noise**2 * self.temperature)
+
     def logits(self, penultimate: Tensor) -> Tensor:
-        """[B, C] logits of the classifier."""
+        """[B, C] outputs of the layer."""
         return nn.functional.linear(penultimate.to(self.weight), self.weight, self.bias)
 
-    def log_marginal_likelihood(self, prior_precision: float | Tensor | None = None) -> Tensor:
-        """Laplace's log evidence of the fitting rows, in nats; differentiable in `prior_precision` (1 or 2 numbers).
-
-        log p(y | MAP) / temperature - 1/2 [log det(H / temperature + prior) - log det prior + |MAP|^2_prior], from the
-        eigenvalues. Raises DataError when `fit` had no labels.
-        """
-        weight, bias = self.fitted().eigenvalues()
-        if torch.isnan(self.log_likelihood):
+    def log_likelihood(self) -> Tensor:
+        """Of the fitting rows, tempered, in nats. Raises DataError when `fit` had no labels."""
+        self.fitted()
+        if torch.isnan(self.loss):
             raise DataError(
                 "the marginal likelihood needs labels: none were given to fit(penultimate, weight, bias, labels)"
             )
-        prior = self.prior_precision if prior_precision is None else _prior_pair(prior_precision).to(self.weight)
-        complexity = torch.log1p(weight / (self.temperature * prior[0])).sum() + prior[0] * self.weight.square().sum()
-        if bias is not None and self.bias is not None:
-            complexity = complexity + torch.log1p(bias / (self.temperature * prior[1])).sum()
-            complexity = complexity + prior[1] * self.bias.square().sum()
-        return self.log_likelihood / self.temperature - 0.5 * complexity
+        if self.likelihood == "classification":
+            return -self.loss * self.factor
+        each = math.log(self.sigma_noise * math.sqrt(2.0 * math.pi))
+        return -self.loss * self.factor - self.n_data * len(self.weight) * each
+
+    def log_marginal_likelihood(self, prior_precision: float | Tensor | None = None) -> Tensor:
+        """Laplace's log evidence of the fitting rows, in nats; differentiable in `prior_precision`.
+
+        log p(y | MAP) / temperature - 1/2 [log det(H / temperature + prior) - log det prior + |MAP|^2_prior], from the
+        eigenvalues. Raises DataError when `fit` had no labels, OptionError when its rows were not the layer's own.
+        """
+        curvature = self._own_rows()
+        likelihood = self.log_likelihood()
+        prior = self.prior_precision if prior_precision is None else check_prior(prior_precision).to(self.weight)
+        _check_fits(prior, curvature)
+        weight, bias = curvature.split(prior)
+        scatter = (weight * self.weight.square()).sum()
+        if self.bias is not None:
+            scatter = scatter + (bias * self.bias.square()).sum()
+        return likelihood - 0.5 * (curvature.log_det_ratio(prior, self.factor) + scatter)
+
+    def effective_parameters(self) -> float:
+        """MacKay's number of parameters that the rows determine: tr[A (A + prior)^-1], A their curvature."""
+        one = torch.ones((), dtype=self.weight.dtype, device=self.weight.device, requires_grad=True)
+        with torch.enable_grad():
+            ratio = self.fitted().log_det_ratio(self.prior_precision, self.factor * one)
+        return float(torch.autograd.grad(ratio, one)[0])
 
     @torch.no_grad()
-    def optimize_prior_precision(self, method: str = "marglik", prior_structure: str = "scalar") -> Tensor:
-        """Set the prior precision that maximises the marginal likelihood; returns it as [2] (weight, bias).
+    def optimize_prior_precision(
+        self,
+        method: str = "marglik",
+        prior_structure: str = "scalar",
+        *,
+        penultimate: Rows | None = None,
+        labels: np.ndarray | Tensor | None = None,
+        grid: Tensor | None = None,
+        temperatures: Tensor | None = None,
+    ) -> Tensor:
+        """Set the best prior precision (and return it): [2] (weight, bias), or [C, P + 1] if "diagonal".
 
-        `prior_structure`: "scalar" (one for weight and bias) or "layerwise" (one each). In u = log precision the
-        derivative is half of [effective parameters - precision |MAP|^2] (MacKay 1992), which falls strictly, so the
-        maximum is unique; a safeguarded Newton iteration finds it to 1e-10. Labels play no part in it. Warns when it
-        runs to the ends of [1e-10, 1e10].
+        Args:
+            method: "marglik", the maximum of the marginal likelihood, found to convergence; for rows the layer was
+                trained on. Or "heldout" (laplace-torch: "gridsearch"), the least cross-entropy of the probit
+                predictive (of the Gaussian one for regression) on other rows, over a grid.
+            prior_structure: "scalar", "layerwise" (one for weights, one for biases) or "diagonal" (each parameter,
+                with structures "diag" and "full"); "heldout" chooses a scalar.
+            penultimate, labels: [N, P], [N] of the rows for "heldout": neither the layer's training rows nor those of
+                `fit`.
+            grid: precisions, by default 100 from 1e-4 to 1e4.
+            temperatures: likelihood temperatures to choose from too, by default only the one that is set.
+
+        Warns when it runs to the ends of its range.
         """
-        if method != "marglik":
-            raise OptionError(f"method={method!r} is not a way to choose the prior: {suggest(method, ['marglik'])}")
-        if prior_structure not in ("scalar", "layerwise"):
-            raise OptionError(f"prior_structure={prior_structure!r} was given; expected 'scalar' or 'layerwise'")
-        weight, bias = self.fitted().eigenvalues()
-        blocks = [(weight / self.temperature, self.weight.square().sum())]
-        if bias is not None and self.bias is not None:
-            blocks.append((bias / self.temperature, self.bias.square().sum()))
-        if prior_structure == "scalar":
-            found = [_best_precision(blocks)]
+        if method in ("heldout", "gridsearch"):
+            if penultimate is None or labels is None or prior_structure != "scalar":
+                raise OptionError(
+                    f"method={method!r} with prior_structure={prior_structure!r} was given; it chooses one number on "
+                    "rows of its own: optimize_prior_precision('heldout', penultimate=..., labels=...)"
+                )
+            tau, self.temperature = best_on_held_out(self, penultimate, labels, grid, temperatures)
+            self.prior_precision = check_prior(tau).to(self.weight)
+        elif method == "marglik":
+            self._own_rows()
+            self.prior_precision = self.evidence_precision(prior_structure)
         else:
-            found = [_best_precision([block]) for block in blocks]
-        self.prior_precision = _prior_pair(torch.tensor(found, dtype=torch.float64)).to(self.weight)
+            raise OptionError(
+                f"method={method!r} is not a way to choose the prior: {suggest(method, ['marglik', 'heldout'])}"
+            )
         return self.prior_precision
+
+    def evidence_precision(self, prior_structure: str = "scalar") -> Tensor:
+        """Where the marginal likelihood has its maximum, whatever the rows: on held-out ones the centre of a search.
+
+        Labels play no part in it. For "scalar" and "layerwise" the maximum is unique.
+        """
+        return evidence_precision(self.fitted(), self.factor, self.weight, self.bias, prior_structure)
+
+    @torch.no_grad()
+    def optimize_sigma_noise(self, prior_structure: str = "scalar") -> float:
+        """For regression: set noise and prior that maximise the marginal likelihood together; returns the noise.
+
+        In turns to convergence: the prior as above, sigma^2 = |residuals|^2 / (N C - effective parameters).
+        """
+        if self.likelihood != "regression":
+            raise OptionError("a classifier has no sigma_noise: it is for LastLayerPosterior(likelihood='regression')")
+        self.log_likelihood()  # needs the targets
+        for _ in range(500):
+            before = self.sigma_noise
+            self.optimize_prior_precision("marglik", prior_structure)
+            free = self.n_data * len(self.weight) - self.effective_parameters()
+            self.sigma_noise = math.sqrt(max(2.0 * float(self.loss) / free, 1e-24))
+            if abs(math.log(self.sigma_noise / before)) < 1e-10:
+                break
+        return self.sigma_noise
 
     def functional_variance(self, penultimate: Tensor) -> Tensor:
         """[B, C] exact variance of each logit under the posterior, for inputs [B, P] of the layer.
 
         Not an uncertainty to rank images by: it grows with |phi|^2, and images a network has not seen often have
         SHORTER features. On CIFAR-10 ResNet-20 features it ranks unseen data as more certain (AUROC .17, .20, .03).
+        Fitted and asked with features of length 1 it does not (docs/laplace.md), at a price in calibration.
         """
-        curvature, phi = self.fitted(), penultimate.to(self.weight)
-        return curvature.logit_variance(curvature.variance(phi, self.prior_precision, 1.0 / self.temperature))
+        return self.fitted().logit_variance(self._spread(penultimate))
 
-    def predict(self, penultimate: Tensor, link: str = "probit") -> Tensor:
-        """[B, C] predictive probabilities for inputs [B, P] of the layer; link "probit" (see `probit`)."""
-        if link != "probit":
-            raise OptionError(f"link={link!r} is not a link approximation: {suggest(link, ['probit'])}")
-        return probit(self.logits(penultimate), self.functional_variance(penultimate))
+    def predict(self, penultimate: Tensor, link: str = "probit", *, link_approx: str | None = None) -> Tensor:
+        """[B, C] predictive probabilities for inputs [B, P] of the layer (for regression: the means).
 
-    def mutual_information(self, penultimate: Tensor, draws: Tensor | None = None) -> Tensor:
-        """[B] epistemic uncertainty in nats of inputs [B, P], see the function `mutual_information`.
-
-        `draws`: [S, C] standard normal numbers, by default `normal_draws(C)`.
+        link (laplace-torch: `link_approx`): "probit", "bridge" (Dirichlet), "bridge_norm", "mean-field" or "mc", by
+        draws of logits; see `predictive`. The variance of regression's predictive is `functional_variance` +
+        sigma_noise^2.
         """
-        curvature, phi = self.fitted(), penultimate.to(self.weight)
-        draws = (normal_draws(len(self.weight)) if draws is None else draws).to(self.weight)
-        variance = curvature.variance(phi, self.prior_precision, 1.0 / self.temperature)
-        return mutual_information(self.logits(phi), variance, curvature.to_logits, draws)
+        link = link_approx or link
+        if link not in LINKS:
+            raise OptionError(f"link={link!r} is not a link approximation: {suggest(link, LINKS)}")
+        logits, curvature = self.logits(penultimate), self.fitted()
+        if self.likelihood == "regression":
+            return logits
+        spread = self._spread(penultimate)
+        if link == "mc":
+            return monte_carlo(logits, spread, curvature.deviations, self._draws()).probabilities
+        variance = curvature.logit_variance(spread)
+        if link == "probit":
+            return probit(logits, variance)
+        if link == "mean-field":
+            return mean_field(logits, variance)
+        return laplace_bridge(logits, variance, curvature.covariance_sums(spread), link == "bridge_norm")
 
+    def uncertainties(self, penultimate: Tensor, draws: Tensor | None = None) -> dict[str, Tensor]:
+        """Uncertainties [B] of inputs [B, P], higher = less certain, by the names of `KINDS`, from draws of logits.
 
-def probit(logits: Tensor, variance: Tensor) -> Tensor:
-    """softmax(f / sqrt(1 + pi/8 v)): [B, C] predictive probabilities for logits of mean f and variance v, each [B, C].
+        "predictive_entropy" in nats, the sum of "mutual_information" and "expected_entropy"; "max_probability" is 1
+        minus the largest. `draws`: [S, C] standard normal numbers, by default `normal_draws(C)`.
+        """
+        draws = self._draws() if draws is None else draws.to(self.weight)
+        if self.likelihood == "regression":
+            raise OptionError("regression has no class probabilities: its uncertainty is functional_variance")
+        logits, spread = self.logits(penultimate), self._spread(penultimate)
+        mean, information = monte_carlo(logits, spread, self.fitted().deviations, draws)
+        total = entropy(mean)
+        return {
+            "predictive_entropy": total,
+            "mutual_information": information,
+            "expected_entropy": (total - information).clamp(min=0.0),
+            "max_probability": 1.0 - mean.amax(1),
+        }
 
-    Source: MacKay 1992; Daxberger et al. 2021, appendix B.
-    """
-    return torch.softmax(logits / torch.sqrt(1.0 + (math.pi / 8.0) * variance), dim=-1)
+    def to_laplace(self) -> Any:
+        """A laplace-torch posterior with the same numbers, see `laplace_torch.to_laplace`."""
+        from .laplace_torch import to_laplace
 
+        return to_laplace(self)
 
-def entropy(probabilities: Tensor) -> Tensor:
-    """[B] entropy in nats of [B, C] probabilities; zeros count as zero, with a finite gradient."""
-    tiny = torch.finfo(probabilities.dtype).tiny
-    return -(probabilities * probabilities.clamp(min=tiny).log()).sum(-1)
+    @classmethod
+    def from_laplace(cls, other: Any, rows: str = "train") -> LastLayerPosterior:
+        """The posterior of a fitted last-layer one of laplace-torch, see `laplace_torch.from_laplace`."""
+        from .laplace_torch import from_laplace
 
+        return from_laplace(other, rows)
 
-def normal_draws(classes: int, n_samples: int | None = None, seed: int = 0) -> Tensor:
-    """[S, C] standard normal numbers, the same for the same seed: scrambled Sobol points and their mirror images.
+    def _spread(self, penultimate: Tensor) -> Tensor:
+        curvature = self.fitted()
+        return curvature.spread(curvature.project(penultimate.to(self.weight)), self.prior_precision, self.factor)
 
-    Mirrored, and scaled to unit variance in each coordinate, so that mean and variance of each are exact. The global
-    random state is left alone. `n_samples` is even; by default 16384 / C, between 32 and 256: on CIFAR-10 features 256
-    give the mutual information to 3 % (median) and 32 to 16 %. S draws cannot show more than log S nats.
-    """
-    n_samples = min(256, max(32, 8192 // classes * 2)) if n_samples is None else n_samples
-    if n_samples < 2 or n_samples % 2:
-        raise OptionError(f"n_samples={n_samples} was given; expected an even number (draws come in mirrored pairs)")
-    engine = torch.quasirandom.SobolEngine(classes, scramble=True, seed=seed)
-    points = engine.draw(n_samples // 2, dtype=torch.float64).clamp(1e-9, 1.0 - 1e-9)
-    half = torch.special.ndtri(points)
-    half = half / half.square().mean(0).sqrt()
-    return torch.cat([half, -half])
+    def _draws(self) -> Tensor:
+        return normal_draws(len(self.weight)).to(self.weight)
 
-
-def mutual_information(
-    logits: Tensor, variance: Tensor, to_logits: Callable[[Tensor], Tensor], draws: Tensor
-) -> Tensor:
-    """[B] mutual information of label and parameters in nats (kind: epistemic), averaged over fixed draws of logits.
-
-    Args:
-        logits: [B, C] means.
-        variance: [B, C] variances of independent coordinates, which `to_logits` maps [..., C] to deviations of the
-            logits, so that the covariance across classes is kept whole without a [B, C, C] array.
-        draws: [S, C] standard normal numbers. Rows are taken in chunks, so that memory does not grow with S C B.
-
-    It is the mean over draws of KL(p_s || mean of p), computed in a form that cannot be negative.
-    """
-    rows = max(1, CHUNK_BYTES // (draws.numel() * draws.element_size()))
-    if not torch.compiler.is_compiling() and len(logits) > rows:  # an exported graph keeps its batch in one piece
-        parts = zip(logits.split(rows), variance.split(rows), strict=True)
-        return torch.cat([mutual_information(f, v, to_logits, draws) for f, v in parts])
-    deviation = to_logits(variance.sqrt().unsqueeze(1) * draws)
-    log_p = torch.log_softmax(logits.unsqueeze(1) + deviation, dim=-1)
-    log_mean = torch.logsumexp(log_p, dim=1, keepdim=True) - math.log(len(draws))
-    ratio = log_p - log_mean
-    # sum_c (p_s - mean) is 0, so adding it changes nothing but makes every term p_s log r - p_s + mean >= 0
-    terms = log_p.exp() * ratio - log_mean.exp() * torch.expm1(ratio)
-    return terms.sum(-1).mean(1).clamp(min=0.0)
-
-
-def _prior_pair(value: float | Tensor) -> Tensor:
-    """One or two positive numbers as [2] (weight, bias); keeps the gradient."""
-    pair = (
-        value
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else torch.as_tensor(value, dtype=torch.float64)
-    )
-    pair = pair.reshape(-1)
-    if pair.numel() not in (1, 2) or not bool(((pair > 0) & torch.isfinite(pair)).all()):
-        raise OptionError(f"prior_precision={value} was given; expected one positive number, or two (weight, bias)")
-    return pair.expand(2)
-
-
-def _best_precision(blocks: list[tuple[Tensor, Tensor]]) -> float:
-    """Root in u = log(precision) of sum over blocks of [sum l/(l + e^u) - e^u |theta|^2], which falls strictly in u."""
-    low, high = LOG_PRIOR_RANGE
-    u = 0.0
-    for _ in range(200):
-        tau = math.exp(u)
-        value = slope = 0.0
-        for eigenvalues, square in blocks:
-            share = eigenvalues / (eigenvalues + tau)
-            value += float(share.sum() - tau * square)
-            slope -= float((share * (1.0 - share)).sum() + tau * square)
-        low, high = (u, high) if value > 0 else (low, u)
-        newton = u - value / slope if slope < 0 else low
-        step = (newton if low < newton < high else 0.5 * (low + high)) - u
-        u += step
-        if abs(step) < 1e-10:
-            break
-    if min(u - LOG_PRIOR_RANGE[0], LOG_PRIOR_RANGE[1] - u) < 1e-3:
-        warnings.warn(
-            f"the marginal likelihood has no maximum in the prior precision between 1e-10 and 1e10 (stopped at "
-            f"{math.exp(u):.1e}): the weights or the curvature are zero; give prior_precision yourself",
-            UserWarning,
-            stacklevel=3,
-        )
-    return math.exp(u)
-
-
-def _check_classifier(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    if weight.ndim != 2 or len(weight) < 2:
-        raise DataError(
-            f"weight of shape {tuple(weight.shape)} was given; expected [C, P] with C of at least 2 classes"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise DataError(f"bias of shape {tuple(bias.shape)} was given; expected ({len(weight)},), or None")
-    if not bool(torch.isfinite(weight).all()) or (bias is not None and not bool(torch.isfinite(bias).all())):
-        raise DataError("the classifier's weight or bias holds NaN or infinite values: check the checkpoint")
-    return weight.shape[0], weight.shape[1]
-
-
-def _check_rows(
-    penultimate: np.ndarray | Tensor | RowArray, labels: np.ndarray | Tensor | None, inputs: int, classes: int
-) -> Tensor | None:
-    """Shapes and range of the rows; gives the labels as a tensor."""
-    if penultimate.ndim != 2 or penultimate.shape[1] != inputs or len(penultimate) == 0:
-        raise DataError(
-            f"penultimate of shape {tuple(penultimate.shape)} was given; expected [N, {inputs}], N of at least 1"
-        )
-    if labels is None:
-        return None
-    # a copy: the labels may be a memory map that is only read, which torch warns of
-    targets = labels if isinstance(labels, Tensor) else torch.from_numpy(np.array(labels))
-    soft = targets.ndim == 2
-    if len(targets) != len(penultimate) or (soft and targets.shape[1] != classes) or targets.ndim not in (1, 2):
-        raise DataError(
-            f"labels of shape {tuple(targets.shape)} were given; expected ({len(penultimate)},) or "
-            f"({len(penultimate)}, {classes}), one for each row of penultimate"
-        )
-    if soft:
-        if not bool((torch.isfinite(targets) & (targets >= 0)).all()):
-            raise DataError("soft labels hold negative or non-finite values; expected probabilities")
-        return targets.double()
-    if targets.is_floating_point() or int(targets.min()) < 0 or int(targets.max()) >= classes:
-        raise DataError(
-            f"labels from {targets.min()} to {targets.max()} ({targets.dtype}) were given; "
-            f"expected whole numbers from 0 to {classes - 1}"
-        )
-    return targets.long()
-
-
-def _chunks(
-    array: np.ndarray | Tensor | RowArray, subset: np.ndarray, width: int, device: torch.device
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Positions and rows (float64) of consecutive chunks of about CHUNK_BYTES; refuses non-finite rows."""
-    size = max(64, CHUNK_BYTES // (8 * width))
-    for start in range(0, len(subset), size):
-        rows = subset[start : start + size]
-        x = array[rows] if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array[rows], dtype=np.float64))
-        x = x.detach().to(device=device, dtype=torch.float64)
-        if not torch.isfinite(x.sum()):
-            bad = torch.nonzero(~torch.isfinite(x).all(1)).flatten()
-            listed = ", ".join(str(rows[int(i)]) for i in bad[:5])
-            raise DataError(
-                f"{len(bad)} rows of penultimate hold NaN or infinite values (among them rows {listed}): leave these "
-                "images out, or extract in float32"
+    def _own_rows(self) -> Curvature:
+        """The curvature, if it is of rows the layer was trained on."""
+        curvature = self.fitted()
+        if self.rows != "train":
+            raise OptionError(
+                "the marginal likelihood is defined on the rows the layer was trained on, and fit(..., rows='heldout') "
+                "says that these are others: choose the prior with optimize_prior_precision('heldout', "
+                "penultimate=..., labels=...) on rows apart from both"
             )
-        yield rows, x
+        return curvature
 
 
-def _log_likelihood(log_p: Tensor, targets: Tensor) -> Tensor:
-    if targets.ndim == 2:
-        return (log_p * targets).sum()
-    return log_p.gather(1, targets.unsqueeze(1)).sum()
+def _check_fits(prior: Tensor, curvature: Curvature) -> None:
+    if prior.ndim == 1:
+        return
+    shape = (curvature.classes, curvature.inputs + curvature.bias)
+    if not isinstance(curvature, DiagCurvature | FullCurvature) or tuple(prior.shape) != shape:
+        raise OptionError(
+            f"prior_precision of shape {tuple(prior.shape)} was given; a precision for each parameter has the shape "
+            f"{shape} here, and needs structure 'diag' or 'full'"
+        )
+
+
+def _all_reduce(parts: list[Tensor]) -> list[Tensor]:
+    """Their sums over the processes of the launch, in one collective."""
+    if check_launch().world == 1:
+        return parts
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    torch.distributed.all_reduce(flat)
+    shaped = zip(flat.split([part.numel() for part in parts]), parts, strict=True)
+    return [found.view(part.shape) for found, part in shaped]

@@ -14,10 +14,11 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from ..backbone import BackboneOutput
-from ..curvature import curvature_class
+from ..curvature import CERTAIN, FullCurvature, curvature_class
 from ..errors import BackboneError, DataError
-from ..laplace import LastLayerPosterior, entropy, mutual_information, normal_draws, probit
+from ..laplace import LastLayerPosterior
 from ..linear_probe import fit_linear_probe, inverse_deviation
+from ..predictive import entropy, monte_carlo, normal_draws, probit
 from .base import FeatureDims, FitData, Head
 from .common import check_choice, check_positive, moments
 
@@ -25,7 +26,6 @@ ROUNDS, SETTLED, REACH = 4, 0.01, 4.0
 PRIOR_FACTORS, CLEARLY = (1.0, 10.0, 1e2, 1e3, 1e4), 0.005
 LOG_SCALE_RANGE = (math.log(0.05), math.log(20.0))
 TUNING_ROWS = 20_000
-NO_BIAS = 1e30  # prior precision that leaves a bias no variance, for classifiers without one
 
 
 class LaplaceHead(Head):
@@ -47,9 +47,10 @@ class LaplaceHead(Head):
     "heldout" then takes 10 to 10,000 times as much, as long as each factor of 10 gains .005 nats on held-out rows.
 
     Args:
-        structure: of the posterior, "kron" (stored: P^2 + C^2 numbers) or "diag" (C P).
+        structure: of the posterior, "kron" (stored: P^2 + C^2 numbers), "diag" (C P) or "full" (C^2 (P + 1)^2, for
+            small layers).
         tune: "heldout" (T and prior as above, needs labels) or "marglik" (T stays 1, the prior is the marginal
-            likelihood's).
+            likelihood's: say it for the rows the backbone's classifier was trained on).
         prior_precision: of the zero-mean Gaussian prior over weight / T and bias / T; given, it is left as it is.
         classifier: "auto", "backbone" or "probe".
         classes: of the classifier; found by `fit`.
@@ -127,12 +128,12 @@ class LaplaceHead(Head):
         self.require_built()
         phi, logits = self._classify(features)
         logits = logits / self.temperature
-        spread = self.curvature.variance(phi, self.prior_precision, 1.0)
+        spread = self.curvature.spread(self.curvature.project(phi), self.prior_precision, 1.0)
         variance = self.curvature.logit_variance(spread)
         probabilities = probit(logits, variance)
         return {
             "uncertainty": entropy(probabilities),
-            "mutual_information": mutual_information(logits, spread, self.curvature.to_logits, self.draws),
+            "mutual_information": monte_carlo(logits, spread, self.curvature.deviations, self.draws).mutual_information,
             "variance": variance,
             "probabilities": probabilities,
         }
@@ -153,7 +154,9 @@ class LaplaceHead(Head):
         started = time.perf_counter()
         self._found = {}
         rows, weight, bias, report = self._classifier(data)
-        tempered = _Tempered(rows, data, weight, bias, self._config["structure"], self._config["prior_precision"])
+        own_rows = self.config()["classifier"] == "probe" or self._config["tune"] == "marglik"
+        c = self._config
+        tempered = _Tempered(rows, data, weight, bias, c["structure"], c["prior_precision"], own_rows)
         if self._config["tune"] == "heldout" and data.features.label is not None:
             temperature, posterior, tuning = tempered.tune()
             report |= tuning
@@ -169,7 +172,7 @@ class LaplaceHead(Head):
         self.build(replace(data.dims, classes=len(weight)))
         self._take(posterior, weight, bias, temperature, rows)
         self.to(data.device)
-        if data.features.label is not None:
+        if data.features.label is not None and own_rows:
             report["log_marginal_likelihood"] = float(posterior.log_marginal_likelihood())
         return report | {
             "likelihood_temperature": temperature,
@@ -219,10 +222,13 @@ class LaplaceHead(Head):
     def _take(
         self, posterior: LastLayerPosterior, weight: Tensor, bias: Tensor | None, temperature: float, rows: Rows
     ) -> None:
-        self.curvature.load_state_dict(posterior.fitted().state_dict())
+        curvature = posterior.fitted()
         self.prior_precision.copy_(posterior.prior_precision)
-        if bias is None:
-            self.prior_precision[1] = NO_BIAS
+        if bias is None and isinstance(curvature, FullCurvature):
+            curvature = curvature.with_certain_bias()
+        elif bias is None:
+            self.prior_precision[1] = CERTAIN
+        self.curvature.load_state_dict(curvature.state_dict())
         self.temperature.fill_(temperature)
         if isinstance(rows, _Standardised):
             kept = {"weight": weight, "bias": bias, "center": rows.center, "scale": rows.scale}
@@ -263,15 +269,23 @@ class _Tempered:
     bias: Tensor | None
     structure: str
     prior_precision: float | None
+    own_rows: bool  # whether the classifier was trained on the fitting rows
 
     def posterior(self, temperature: float) -> LastLayerPosterior:
         """Curvature and prior precision at T, on the fitting rows."""
         weight = self.weight.detach().to(self.data.device).double() / temperature
         bias = None if self.bias is None else self.bias.detach().to(weight) / temperature
         posterior = LastLayerPosterior(self.structure, self.prior_precision or 1.0)
-        posterior.fit(self.rows, weight, bias, self.data.features.label, subset=self.data.train)
-        if self.prior_precision is None:
-            posterior.optimize_prior_precision()
+        posterior.fit(
+            self.rows,
+            weight,
+            bias,
+            self.data.features.label,
+            subset=self.data.train,
+            rows="train" if self.own_rows else "heldout",
+        )
+        if self.prior_precision is None:  # on rows the classifier has not seen, only where the search starts
+            posterior.prior_precision = posterior.evidence_precision()
         return posterior
 
     @torch.no_grad()

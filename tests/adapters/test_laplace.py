@@ -1,5 +1,7 @@
 """The closed-form posterior against laplace-torch, dense matrices, autograd and brute-force sampling."""
 
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from posthoc.adapters import laplace
+from posthoc.adapters import laplace_rows, predictive
 from posthoc.adapters.errors import DataError, NotFittedError, OptionError
-from posthoc.adapters.laplace import LastLayerPosterior, entropy, mutual_information, normal_draws, probit
+from posthoc.adapters.laplace import KINDS, LINKS, LastLayerPosterior
+from posthoc.adapters.predictive import entropy, monte_carlo, normal_draws, probit
 
-STRUCTURES = ["kron", "diag"]
+STRUCTURES = ["kron", "diag", "full"]
 
 
 def problem(rows: int = 60, inputs: int = 5, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,8 +36,9 @@ def dense(structure: str, phi: Tensor, weight: Tensor, bias: Tensor, prior: tupl
         block = torch.kron(sum(g), phi.T @ phi / len(phi))  # type: ignore[arg-type]
         curvature = torch.block_diag(block, sum(g))  # type: ignore[arg-type]
     else:
-        exact = sum(torch.kron(gn, torch.outer(x, x)) for gn, x in zip(g, phi, strict=True))
-        curvature = torch.block_diag(exact, sum(g)).diagonal().diag()  # type: ignore[union-attr, arg-type]
+        jac = jacobians(phi, classes)
+        curvature = torch.einsum("ncp,ncd,ndq->pq", jac, torch.stack(g), jac)
+        curvature = curvature.diagonal().diag() if structure == "diag" else curvature
     prior_diagonal = torch.cat([torch.full((classes * inputs,), prior[0]), torch.full((classes,), prior[1])])
     return torch.linalg.inv(curvature + prior_diagonal.double().diag())
 
@@ -43,54 +47,6 @@ def jacobians(phi: Tensor, classes: int) -> Tensor:
     """[B, C, C (P + 1)] of the logits in the parameters, in the order of `dense`."""
     eye = torch.eye(classes, dtype=phi.dtype)
     return torch.stack([torch.cat([torch.kron(eye, x.unsqueeze(0)), eye], 1) for x in phi])
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # by importing laplace-torch 0.3
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_agrees_with_laplace_torch(structure: str, bias: bool) -> None:
-    from laplace import Laplace
-    from torch.utils.data import DataLoader, TensorDataset
-
-    phi, weight, offset, labels = problem()
-    layer = torch.nn.Linear(phi.shape[1], len(weight), bias=bias, dtype=torch.float64)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        if bias:
-            layer.bias.copy_(offset)
-    other = Laplace(
-        torch.nn.Sequential(torch.nn.Identity(), layer),
-        "classification",
-        subset_of_weights="last_layer",
-        hessian_structure=structure,
-        prior_precision=0.7,
-        temperature=1.7,
-        last_layer_name="1",
-    )
-    other.fit(DataLoader(TensorDataset(phi, labels), batch_size=20))
-    ours = LastLayerPosterior(structure, 0.7, 1.7).fit(phi, weight, offset if bias else None, labels)
-    new = problem(seed=1)[0]
-
-    def compare() -> None:
-        _, covariance = other._glm_predictive_distribution(new)
-        torch.testing.assert_close(
-            ours.functional_variance(new), covariance.diagonal(dim1=1, dim2=2), rtol=1e-9, atol=0
-        )
-        theirs = other(new, pred_type="glm", link_approx="probit")
-        torch.testing.assert_close(ours.predict(new), theirs, rtol=0, atol=1e-10)
-
-    compare()
-    assert float(ours.log_marginal_likelihood()) == pytest.approx(float(other.log_marginal_likelihood()), abs=1e-9)
-    changed = ours.log_marginal_likelihood(3.3)
-    assert float(changed) == pytest.approx(
-        float(other.log_marginal_likelihood(torch.tensor(3.3, dtype=torch.float64))), abs=1e-9
-    )
-    if bias:  # one precision for the weight and one for the bias
-        two = torch.tensor([0.3, 4.0], dtype=torch.float64)
-        per_parameter = torch.cat([two[:1].expand(weight.numel()), two[1:].expand(len(weight))])
-        other.prior_precision = two if structure == "kron" else per_parameter
-        ours.prior_precision = two
-        compare()
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -103,9 +59,11 @@ def test_variance_is_that_of_the_dense_posterior(structure: str) -> None:
         posterior.functional_variance(phi[:7]), expected.diagonal(dim1=1, dim2=2), rtol=1e-6, atol=0
     )
     # what the mutual information draws from: the whole covariance across classes
-    spread = posterior.fitted().variance(phi[:7], posterior.prior_precision, 1.0)
-    basis = posterior.fitted().to_logits(torch.eye(4, dtype=torch.float64))  # row k: coordinate k in the logits
-    torch.testing.assert_close(basis.T @ torch.diag_embed(spread) @ basis, expected, rtol=1e-6, atol=1e-9)
+    curvature = posterior.fitted()
+    spread = curvature.spread(curvature.project(phi[:7]), posterior.prior_precision, 1.0)
+    root = curvature.deviations(spread, torch.eye(4, dtype=torch.float64))  # row k: what draw k moves
+    torch.testing.assert_close(root.transpose(1, 2) @ root, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(curvature.covariance_sums(spread), expected.sum(2), rtol=1e-6, atol=1e-9)
 
 
 def test_diagonal_curvature_is_the_diagonal_of_the_hessian() -> None:
@@ -142,10 +100,11 @@ def test_the_prior_found_is_where_the_marginal_likelihood_is_stationary(structur
     found = posterior.optimize_prior_precision("marglik", prior_structure)
     assert torch.equal(found, posterior.prior_precision)
     assert (found[0] == found[1]) == (prior_structure == "scalar")
+    tolerance = 1e-8 if structure != "full" or prior_structure == "scalar" else 1e-5
     log_prior = found.log().requires_grad_()
     (slope,) = torch.autograd.grad(posterior.log_marginal_likelihood(log_prior.exp()), log_prior)
     slope = slope.sum() if prior_structure == "scalar" else slope.abs().max()
-    assert abs(float(slope)) < 1e-8
+    assert abs(float(slope)) < tolerance
     best = posterior.log_marginal_likelihood()
     assert all(posterior.log_marginal_likelihood(found * factor) < best for factor in (1e-4, 0.9, 1.1, 1e4))
 
@@ -168,15 +127,21 @@ def test_mutual_information_is_that_of_sampled_weights(structure: str) -> None:
     theta = torch.cat([weight.flatten(), bias]) + noise @ torch.linalg.cholesky(covariance).T
     p = torch.softmax(torch.einsum("bcp,sp->bsc", jacobians(new, 4), theta), -1)
     expected = entropy(p.mean(1)) - entropy(p).mean(1)
-    torch.testing.assert_close(posterior.mutual_information(new), expected, rtol=0.08, atol=0)
-    many = posterior.mutual_information(new, normal_draws(4, 8192))
-    torch.testing.assert_close(many, expected, rtol=0.02, atol=0)
+    found = posterior.uncertainties(new)
+    torch.testing.assert_close(found["mutual_information"], expected, rtol=0.08, atol=0)
+    many = posterior.uncertainties(new, normal_draws(4, 8192))
+    torch.testing.assert_close(many["mutual_information"], expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(many["expected_entropy"], entropy(p).mean(1), rtol=0.01, atol=0)
+    torch.testing.assert_close(many["predictive_entropy"], entropy(p.mean(1)), rtol=0.01, atol=0)
+    torch.testing.assert_close(many["max_probability"], 1.0 - p.mean(1).amax(1), rtol=0.01, atol=0)
+    torch.testing.assert_close(posterior.predict(new, "mc"), p.mean(1), rtol=0.03, atol=2e-3)
 
 
 def test_mutual_information_of_nearly_certain_logits_is_small_accurate_and_not_negative() -> None:
     logits = torch.tensor([[0.5, 0.0, -0.5], [40.0, 0.0, -40.0]])
     variance = torch.full((2, 3), 1e-6)
-    found = mutual_information(logits, variance, lambda x: x, normal_draws(3, 8192).float())
+    draws = normal_draws(3, 8192).float()
+    found = monte_carlo(logits, variance, lambda v, d: v.sqrt().unsqueeze(1) * d, draws).mutual_information
     p = torch.softmax(logits, -1)
     second_order = 0.5 * 1e-6 * (p - 2 * p**2 + p * (p**2).sum(-1, keepdim=True)).sum(-1)  # tr(G) v / 2
     assert float(found[0]) == pytest.approx(float(second_order[0]), rel=0.05)
@@ -205,7 +170,8 @@ def test_chunks_memory_maps_and_subsets_change_nothing(
     phi, weight, bias, labels = problem(rows=500)
     keep = np.arange(0, 500, 2)[::-1].copy()
     whole = LastLayerPosterior(structure).fit(phi[keep], weight, bias, labels[keep])
-    monkeypatch.setattr(laplace, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(laplace_rows, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(predictive, "CHUNK_BYTES", 64)
     np.save(tmp_path / "phi.npy", phi.numpy())
     mapped = np.load(tmp_path / "phi.npy", mmap_mode="r")
     pieces = LastLayerPosterior(structure).fit(mapped, weight.numpy(), bias.numpy(), labels.numpy(), subset=keep)
@@ -214,9 +180,11 @@ def test_chunks_memory_maps_and_subsets_change_nothing(
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert float(whole.log_marginal_likelihood()) == pytest.approx(float(pieces.log_marginal_likelihood()), rel=1e-12)
     torch.testing.assert_close(whole.functional_variance(phi), pieces.functional_variance(phi), rtol=1e-9, atol=0)
-    in_pieces = pieces.mutual_information(phi)
+    in_pieces = pieces.uncertainties(phi), pieces.predict(phi, "mean-field")
     monkeypatch.undo()
-    torch.testing.assert_close(pieces.mutual_information(phi), in_pieces, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        (pieces.uncertainties(phi), pieces.predict(phi, "mean-field")), in_pieces, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_soft_labels_of_one_class_are_labels() -> None:
@@ -226,18 +194,19 @@ def test_soft_labels_of_one_class_are_labels() -> None:
     assert float(hard) == pytest.approx(float(soft), rel=1e-12)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("classes", [2, 1000])
+@pytest.mark.parametrize(
+    ("classes", "structure"), [(2, "kron"), (2, "diag"), (2, "full"), (1000, "kron"), (1000, "diag")]
+)
 def test_two_and_a_thousand_classes_in_float32(classes: int, structure: str) -> None:
     phi, weight, bias, labels = problem(rows=1500, inputs=64, classes=classes)
     posterior = LastLayerPosterior(structure).fit(phi, weight, bias, labels)
     posterior.optimize_prior_precision()
-    exact, exact_information = posterior.predict(phi[:50]), posterior.mutual_information(phi[:50])
+    exact, exact_information = posterior.predict(phi[:50]), posterior.uncertainties(phi[:50])["mutual_information"]
     torch.testing.assert_close(exact.sum(-1), torch.ones(50, dtype=torch.float64))
     posterior.float()
     assert posterior.predict(phi[:50]).dtype == torch.float32
     torch.testing.assert_close(posterior.predict(phi[:50].float()).double(), exact, rtol=1e-4, atol=1e-7)
-    information = posterior.mutual_information(phi[:50].float()).double()
+    information = posterior.uncertainties(phi[:50].float())["mutual_information"].double()
     torch.testing.assert_close(information, exact_information, rtol=1e-3, atol=1e-6)
     smaller = LastLayerPosterior(structure, posterior.prior_precision).fit(phi.float(), weight.float(), bias.float())
     torch.testing.assert_close(smaller.predict(phi[:50].float()), exact, rtol=1e-4, atol=1e-7)
@@ -248,7 +217,9 @@ def test_outputs_are_differentiable_in_the_features() -> None:
     posterior = LastLayerPosterior().fit(phi, weight, bias)
     x = phi[:3].clone().requires_grad_()
     draws = normal_draws(4)
-    assert torch.autograd.gradcheck(lambda x: (posterior.predict(x), posterior.mutual_information(x, draws)), (x,))
+    for link in LINKS:
+        assert torch.autograd.gradcheck(lambda x, link=link: posterior.predict(x, link), (x,))
+    assert torch.autograd.gradcheck(lambda x: tuple(posterior.uncertainties(x, draws).values()), (x,))
     certain = torch.tensor([[1.0, 0.0]], requires_grad=True)
     entropy(certain).backward()
     assert certain.grad is not None
@@ -296,8 +267,8 @@ def test_what_needs_labels_or_a_fit_says_so() -> None:
     with pytest.raises(DataError, match="needs labels"):
         unlabelled.log_marginal_likelihood()
     unlabelled.optimize_prior_precision()  # needs none
-    with pytest.raises(OptionError, match="link='mc'"):
-        unlabelled.predict(phi, link="mc")
+    with pytest.raises(OptionError, match=r"link='probbit'.*did you mean 'probit'"):
+        unlabelled.predict(phi, link="probbit")
     with pytest.raises(OptionError, match="method='cv'"):
         unlabelled.optimize_prior_precision("cv")
     with pytest.raises(OptionError, match="prior_structure='diag'"):
@@ -310,9 +281,146 @@ def test_what_needs_labels_or_a_fit_says_so() -> None:
         ({"structure": "cron"}, "did you mean 'kron'"),
         ({"prior_precision": 0.0}, "prior_precision=0.0"),
         ({"prior_precision": torch.ones(3)}, "one positive number, or two"),
+        ({"structure": "subnetwork"}, "live_posterior"),
+        ({"likelihood": "classify"}, "likelihood='classify'"),
+        ({"sigma_noise": 0.0}, "sigma_noise=0.0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         LastLayerPosterior(**options)
+
+
+@pytest.mark.parametrize("structure", ["diag", "full"])
+def test_a_precision_for_each_parameter_is_where_the_marginal_likelihood_is_stationary(structure: str) -> None:
+    phi, weight, bias, labels = problem()
+    posterior = LastLayerPosterior(structure, temperature=0.8).fit(phi, weight, bias, labels)
+    scalar = posterior.log_marginal_likelihood(posterior.optimize_prior_precision())
+    found = posterior.optimize_prior_precision(prior_structure="diagonal")
+    assert found.shape == (4, 6)
+    log_prior = found.log().requires_grad_()
+    (slope,) = torch.autograd.grad(posterior.log_marginal_likelihood(log_prior.exp()), log_prior)
+    inside = (found > 1e-9) & (found < 1e9)
+    assert inside.float().mean() > 0.5
+    assert float(slope[inside].abs().max()) < 1e-4
+    assert posterior.log_marginal_likelihood() > scalar
+    expected = torch.linalg.inv(_dense_precision(structure, phi, weight, bias, found, 0.8))
+    jac = jacobians(phi[:5], 4)
+    variance = (jac @ expected @ jac.transpose(1, 2)).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(posterior.functional_variance(phi[:5]), variance, rtol=1e-6, atol=0)
+
+
+def _dense_precision(
+    structure: str, phi: Tensor, weight: Tensor, bias: Tensor, prior: Tensor, temperature: float
+) -> Tensor:
+    one = (1.0, 1.0)
+    curvature = torch.linalg.inv(dense(structure, phi, weight, bias, one)) - torch.eye(24, dtype=torch.float64)
+    return curvature / temperature + torch.cat([prior[:, :5].flatten(), prior[:, 5]]).diag()
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_merging_halves_is_fitting_the_whole(structure: str, bias: bool) -> None:
+    phi, weight, offset, labels = problem(rows=90)
+    layer = (weight, offset if bias else None)
+    whole = LastLayerPosterior(structure, 0.7).fit(phi, *layer, labels)
+    half = LastLayerPosterior(structure, 0.7).fit(phi[:30], *layer, labels[:30])
+    other = LastLayerPosterior(structure, 3.0).fit(phi[30:], *layer, labels[30:])
+    both = half.merge(other)
+    assert both.n_data == 90
+    assert half.n_data == 30
+    torch.testing.assert_close(both.functional_variance(phi), whole.functional_variance(phi), rtol=1e-10, atol=0)
+    assert float(both.log_marginal_likelihood()) == pytest.approx(float(whole.log_marginal_likelihood()), rel=1e-12)
+    another = LastLayerPosterior(structure).fit(phi, 2.0 * weight, layer[1], labels)
+    with pytest.raises(OptionError, match="other parameters"):
+        half.merge(another)
+    with pytest.raises(OptionError, match="same"):
+        half.merge(LastLayerPosterior(structure).fit(phi, *layer, labels, rows="heldout"))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_held_out_search_is_the_best_of_its_grid(structure: str) -> None:
+    phi, weight, bias, labels = problem(rows=200)
+    posterior = LastLayerPosterior(structure).fit(phi[:100], 4.0 * weight, bias, labels[:100], rows="heldout")
+    grid, temperatures = torch.logspace(-5, 3, 14, dtype=torch.float64), torch.tensor([0.3, 1.0, 9.0])
+    held_out = {"penultimate": phi[100:].numpy(), "labels": labels[100:].numpy()}
+    # the diagonal's variance never gets large enough for these logits: its best prior is the weakest
+    weakest = pytest.warns(UserWarning, match="end of the grid") if structure == "diag" else nullcontext()
+    with weakest:
+        found = posterior.optimize_prior_precision("gridsearch", **held_out, grid=grid, temperatures=temperatures)
+
+    def loss(tau: float, temperature: float) -> float:
+        one = LastLayerPosterior(structure, tau, temperature).fit(phi[:100], 4.0 * weight, bias)
+        return float(torch.nn.functional.nll_loss(one.predict(phi[100:]).log(), labels[100:]))
+
+    every = {(float(t), float(c)): loss(float(t), float(c)) for t in grid for c in temperatures}
+    assert every[(float(found[0]), posterior.temperature)] == pytest.approx(min(every.values()), abs=1e-6)
+    assert min(every.values()) < loss(1e6, 1.0) - 0.05  # it is worth searching for
+    with pytest.raises(OptionError, match="rows='heldout'"):
+        posterior.optimize_prior_precision()
+    with pytest.raises(DataError, match="those the posterior was fitted on"):
+        posterior.optimize_prior_precision("heldout", penultimate=phi[:100], labels=labels[:100])
+    with pytest.raises(OptionError, match="rows of its own"):
+        posterior.optimize_prior_precision("heldout")
+    with pytest.raises(OptionError, match="positive"):
+        posterior.optimize_prior_precision("heldout", **held_out, grid=torch.tensor([-1.0, 1.0]))
+    with pytest.warns(UserWarning, match="end of the grid"):
+        posterior.optimize_prior_precision("heldout", **held_out, grid=torch.tensor([1e4, 1e5, 1e6]))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_regression_is_bayesian_linear_regression(structure: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    phi = torch.randn(80, 3, generator=g, dtype=torch.float64)
+    truth = torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.0, 3.0]], dtype=torch.float64)
+    y = phi @ truth.T + 0.3 * torch.randn(80, 2, generator=g, dtype=torch.float64)
+    tau, sigma = 0.7, 0.4
+    wide = torch.cat([phi, torch.ones(80, 1, dtype=torch.float64)], 1)
+    map_ = torch.linalg.solve(wide.T @ wide / sigma**2 + tau * torch.eye(4).double(), wide.T @ y / sigma**2).T
+    posterior = LastLayerPosterior(structure, tau, likelihood="regression", sigma_noise=sigma)
+    posterior.fit(phi, map_[:, :3], map_[:, 3], y)
+    torch.testing.assert_close(posterior.predict(phi), wide @ map_.T)
+    if structure == "full":  # exact: the variance of the predictive, and the evidence of a Gaussian process
+        covariance = torch.linalg.inv(wide.T @ wide / sigma**2 + tau * torch.eye(4).double())
+        exact = ((wide @ covariance) * wide).sum(1, keepdim=True).expand(80, 2)
+        torch.testing.assert_close(posterior.functional_variance(phi), exact)
+        kernel = wide @ wide.T / tau + sigma**2 * torch.eye(80).double()
+        evidence = sum(
+            torch.distributions.MultivariateNormal(torch.zeros(80).double(), kernel).log_prob(y[:, k]) for k in range(2)
+        )
+        assert float(posterior.log_marginal_likelihood()) == pytest.approx(float(evidence), rel=1e-10)
+    noise = posterior.optimize_sigma_noise()
+    best = posterior.log_marginal_likelihood()
+    for factor in (0.95, 1.05):
+        posterior.sigma_noise = noise * factor
+        assert posterior.log_marginal_likelihood() < best
+    assert noise == pytest.approx(0.3, rel=0.2)
+    with pytest.raises(OptionError, match="functional_variance"):
+        posterior.uncertainties(phi)
+    with pytest.raises(DataError, match=re.escape("expected (80, 2)")):
+        LastLayerPosterior(structure, likelihood="regression").fit(phi, map_[:, :3], map_[:, 3], y[:, 0])
+
+
+def test_full_refuses_what_does_not_fit_and_says_the_size() -> None:
+    weight = torch.zeros(1000, 1280)
+    with pytest.raises(OptionError, match=r"1281000 parameters.*36678.3 GiB.*'kron'"):
+        LastLayerPosterior("full").fit(torch.zeros(2, 1280), weight, torch.zeros(1000))
+
+
+def test_the_words_of_laplace_torch_are_understood() -> None:
+    phi, weight, bias, labels = problem()
+    ours = LastLayerPosterior("diag").fit(phi, weight, bias, labels)
+    theirs = LastLayerPosterior(hessian_structure="diag").fit(phi, weight, bias, labels)
+    torch.testing.assert_close(ours.predict(phi, "bridge"), theirs.predict(phi, link_approx="bridge"))
+    assert set(ours.uncertainties(phi)) == set(KINDS)
+
+
+def test_a_prior_of_another_shape_is_refused() -> None:
+    phi, weight, bias, labels = problem()
+    with pytest.raises(OptionError, match=re.escape("shape (4, 6) here")):
+        LastLayerPosterior("diag", torch.ones(4, 5)).fit(phi, weight, bias, labels)
+    with pytest.raises(OptionError, match="needs structure 'diag' or 'full'"):
+        LastLayerPosterior("kron", torch.ones(4, 6)).fit(phi, weight, bias, labels)
+    with pytest.raises(OptionError, match="rows='test'"):
+        LastLayerPosterior().fit(phi, weight, bias, labels, rows="test")
