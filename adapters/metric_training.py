@@ -1,0 +1,108 @@
+"""Training of an embedding on stored features: the step for the one training loop, plain or under sampled weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import DataError
+from .losses.contrastive_metric import ContrastiveMetric
+from .metric_laplace import MetricPosterior
+from .training import TrainOptions, TrainResult, epochs_for, step_generator, train
+
+STEPS = 1500
+
+
+class MetricStep(nn.Module):
+    """Contrastive loss of one batch of rows under a network that embeds their inputs (`inputs`: rows [n] -> [n, d_in]).
+
+    With `posterior` the network is its linear layer, trained as the paper's online code does: each step draws weights from
+    N(theta, 1 / (max(H, 0) + 1)), takes the loss under them, and lets the curvature of the same batch at the drawn
+    weights run into H (`MetricPosterior.remember`). With `pair_count="images"` a step's curvature is that of all rows times
+    1 - memory, so that H settles at the rows' curvature instead of 1 / (1 - memory) times as much.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inputs: Callable[[Tensor], Tensor],
+        label: Tensor,
+        loss: ContrastiveMetric,
+        posterior: MetricPosterior | None = None,
+        memory: float = 0.999,
+        rows: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network, self.loss, self.posterior, self.memory, self.rows = network, loss, posterior, memory, rows
+        self.inputs, self.label = inputs, label
+
+    def forward(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        x, label = self.inputs(rows), self.label[rows.to(self.label.device)]
+        if self.posterior is None or not self.training:
+            return self.loss(self.network(x), label)
+        assert isinstance(self.network, nn.Linear)
+        noise = self.posterior.noise(1, generator)[0].split([self.network.weight.numel(), self.network.bias.numel()])
+        of_weight, of_bias = self.posterior.scale(1.0)
+        weight = self.network.weight + noise[0].view_as(of_weight) * of_weight
+        bias = self.network.bias + noise[1] * of_bias
+        self._remember(x, label, weight.detach(), bias.detach(), generator)
+        return self.loss(functional.linear(x, weight, bias), label)
+
+    @torch.no_grad()
+    def _remember(self, x: Tensor, label: Tensor, weight: Tensor, bias: Tensor, generator: torch.Generator) -> None:
+        assert self.posterior is not None
+        of_weight, of_bias, triplets = self.posterior.batch_curvature(x, label, weight, bias, generator)
+        factor = self.posterior.count_factor(triplets, self.rows)
+        if self.posterior.pair_count == "images":
+            factor = self.rows / len(x) * (1.0 - self.memory)
+        self.posterior.remember(of_weight * factor, of_bias * factor, self.memory)
+
+
+def train_metric(
+    step: nn.Module,
+    rows: np.ndarray,
+    held_out: np.ndarray,
+    *,
+    name: str,
+    options: TrainOptions,
+    key: str = "",
+    weight_decay: float = 1e-4,
+) -> TrainResult:
+    """Train a step on rows with the one training loop; the held-out loss is that of fixed batches in a shuffled order."""
+    order = held_out[torch.randperm(len(held_out), generator=step_generator(options.seed, 2)).numpy()]
+    batches = [torch.from_numpy(order[i : i + options.batch_size]) for i in range(0, len(order), options.batch_size)]
+    if not len(order):
+        raise DataError(f"{name}: there are no held-out rows: hold out some, with a larger validation share")
+
+    def evaluate() -> float:
+        losses = [float(step(b, step_generator(options.seed, 0, i))) * len(b) for i, b in enumerate(batches)]
+        return sum(losses) / len(order)
+
+    epochs = options.epochs or epochs_for(len(rows), options.batch_size, STEPS)
+    return train(
+        step,
+        rows,
+        evaluate,
+        name=name,
+        key=key,
+        options=options,
+        epochs=epochs,
+        lr=options.lr or 1e-3,
+        weight_decay=weight_decay,
+    )
+
+
+def principal_layer(x: Tensor, outputs: int) -> nn.Linear:
+    """A linear layer that starts at the principal directions of centred inputs [N, d_in]; further outputs at small noise."""
+    layer = nn.Linear(x.shape[1], outputs)
+    _, vectors = torch.linalg.eigh(x.double().T @ x.double())
+    count = min(outputs, x.shape[1])
+    with torch.no_grad():
+        layer.weight.mul_(0.1)
+        layer.weight[:count] = vectors[:, -count:].T.flip(0).float()
+        layer.bias.zero_()
+    return layer
