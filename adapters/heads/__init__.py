@@ -2,7 +2,7 @@
 
 >>> from posthoc.adapters import heads
 >>> sorted(heads.HEADS)
-['kappa', 'laplace', 'loss', 'temperature']
+['kappa', 'laplace', 'loss', 'metric-laplace', 'temperature']
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from .base import FeatureDims, FitData, Head
 from .kappa import KappaHead
 from .laplace import LaplaceHead
 from .loss import LossHead
+from .metric_laplace import MetricLaplaceHead
 from .temperature import TemperatureHead
 
-HEADS: dict[str, type[Head]] = {h.name: h for h in (KappaHead, TemperatureHead, LossHead, LaplaceHead)}
+HEADS: dict[str, type[Head]] = {
+    h.name: h for h in (KappaHead, TemperatureHead, LossHead, LaplaceHead, MetricLaplaceHead)
+}
 
 
 def make_head(head: str | Head, **options: Any) -> Head:
@@ -47,6 +50,7 @@ __all__ = [
     "KappaHead",
     "LaplaceHead",
     "LossHead",
+    "MetricLaplaceHead",
     "TemperatureHead",
     "make_head",
 ]
