@@ -46,7 +46,7 @@ class Fit:
     output: Path
     """folder of the adapter"""
     head: tuple[str, ...] = ("kappa",)
-    """one or several of kappa, temperature, loss, laplace"""
+    """one or several of kappa, temperature, loss, laplace, metric-laplace"""
     checkpoint: Path | None = None
     """local weights, .safetensors or .pth"""
     pretrained: bool = True
