@@ -27,6 +27,11 @@ def block_rows(x: Tensor, elements: int, cpu: int, gpu: int) -> int:
     return max(1, (cpu if x.device.type == "cpu" else gpu) // max(1, elements))
 
 
+def by_blocks(function: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
+    """An elementwise function, of `size` elements at a time: what it needs on the way does not grow with x."""
+    return torch.cat([function(part) for part in x.reshape(-1).split(size)]).reshape(x.shape)
+
+
 def first_order(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Of the `backward` of an autograd.Function that is computed beside the value: a graph of it is refused.
 
