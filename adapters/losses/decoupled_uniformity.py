@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..errors import OptionError
 from ..gathering import gather_rows
-from ..numerics import first_order
-from .kernels import Kernel, gram_matrix, ridge_factor, squared_distances
+from ..numerics import block_rows, first_order, full, unit_rows
+from .kernels import BLOCK, Kernel, gram_matrix, ridge_factor, squared_distances
 
 CHUNK, CHUNK_GPU = 1 << 18, 1 << 24  # pairs held at a time
 
@@ -27,13 +26,14 @@ class DecoupledUniformity(nn.Module):
 
     Args:
         t: > 0.
-        kernel: None, "rbf", "cosine", or a symmetric positive semi-definite callable: rows [N, P], [N, P] -> [N, N].
+        kernel: None, "rbf", "cosine", or a symmetric positive semi-definite callable: rows [M, P], [N, P] -> [M, N],
+            called with up to 128 rows of the prior and with all of them.
         ridge: > 0, or None for 1 / sqrt(N) (what the paper's code makes of both None and 0).
         sigma: width of "rbf" > 0, in the prior's units, or "median": the median distance between different rows of the
             batch. Far below the priors' distances nothing is averaged, far above them everything: see `mean_diagonal`.
         gather: whether the processes of a launch take the loss of all their images together, so that it does not
-            depend on how many there are. This is the default, and what the recipe `decoupled_uniformity` uses; the
-            paper's code takes each process's own images (its 256 on 4 GPUs are 64 in every loss), `gather=False`.
+            depend on how many there are. This is the default; the paper's code takes each process's own images
+            (its 256 on 4 GPUs are 64 in every loss), `gather=False`.
     Source: Dufumier et al., ICML 2023, arXiv 2206.01646. K + ridge I is factorised (Cholesky, float64), where the
     paper's code inverts it in float32: centroids off by up to 1e-3, and by 4e-2 at 1024 images and a large sigma.
     """
@@ -83,8 +83,7 @@ class DecoupledUniformity(nn.Module):
                 f"DecoupledUniformity(kernel={self.kernel!r}) was given {'no' if prior is None else 'a'} prior: a kernel "
                 "compares priors, and without a kernel a prior has no say"
             )
-        full = views if views.dtype == torch.float64 else views.float()
-        mean = functional.normalize(full, dim=-1).mean(1)
+        mean = unit_rows(views).mean(1)
         mean = gather_rows(mean) if self.gather else mean
         if len(mean) < 2:
             raise OptionError(
@@ -107,8 +106,12 @@ class DecoupledUniformity(nn.Module):
         if self.kernel is None:
             return 1.0
         factor, ridge = self._factor(prior, len(prior), prior.device)
-        root = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
-        return 1.0 - ridge * root.square().sum().item() / len(factor)
+        n, total = len(factor), factor.new_zeros(())
+        for start in range(0, n, BLOCK):  # of columns of the factor's inverse
+            unit = factor.new_zeros(n, min(BLOCK, n - start))
+            unit[start : start + BLOCK].fill_diagonal_(1.0)
+            total += torch.linalg.solve_triangular(factor, unit, upper=False).square().sum()
+        return 1.0 - ridge * total.item() / n
 
     @torch.no_grad()
     def _factor(self, prior: Tensor, n: int, device: torch.device) -> tuple[Tensor, float]:
@@ -120,8 +123,7 @@ class DecoupledUniformity(nn.Module):
             )
         if prior.ndim not in (1, 2) or len(prior) != n:
             raise OptionError(f"DecoupledUniformity expects a prior [N, P] with N = {n}; given {tuple(prior.shape)}")
-        rows = prior.detach().to(device).reshape(n, -1)
-        rows = rows if rows.dtype == torch.float64 else rows.float()
+        rows = full(prior.detach().to(device).reshape(n, -1))
         return ridge_factor(
             gram_matrix(gather_rows(rows) if self.gather else rows, self.kernel, self.sigma), self.ridge
         )
@@ -145,7 +147,7 @@ class _Uniformity(torch.autograd.Function):
         needed = recorded and ctx.needs_input_grad[0]
         x = centroids - centroids.mean(0)  # distances do not change; rounding errors shrink
         n = len(x)
-        block = min(n, max(1, (CHUNK if x.device.type == "cpu" else CHUNK_GPU) // n))
+        block = min(n, block_rows(x, n, CHUNK, CHUNK_GPU))
         counted = torch.ones(block, block, dtype=torch.bool, device=x.device).tril_()  # itself, and pairs seen before
         top, total, grad = x.new_tensor(-math.inf), x.new_zeros(()), torch.zeros_like(x)
         for start in range(0, n - 1, block):

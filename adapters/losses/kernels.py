@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import DataError, OptionError
+from ..numerics import full
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
-BLOCK = 256  # rows of a Gram matrix made at a time
-SAME = 1e-6  # of the largest squared distance: rows nearer than that are one row to the median
+BLOCK = 128  # rows of a Gram matrix made at a time
+SAME = 1e-6  # of the largest squared distance from the mean: rows nearer than that are one row to the median
+ASYMMETRY = 1e-4  # of the largest value: what float32 may make of a symmetric kernel
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -25,7 +27,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 def rbf(x: Tensor, y: Tensor, sigma: float) -> Tensor:
     """exp(-||x_i - y_j||^2 / (2 sigma^2)) in (0, 1], [N, M] of rows [N, P] and [M, P]."""
     centre = y.mean(0)  # large rows would cancel
-    return squared_distances(x - centre, y - centre).mul_(-0.5 / sigma**2).exp_()
+    return _gaussian(squared_distances(x - centre, y - centre), sigma)
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -33,41 +35,69 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     return functional.normalize(x, dim=1) @ functional.normalize(y, dim=1).T
 
 
-def median_distance(squared: Tensor) -> Tensor:
-    """Median distance between different rows, from the lower triangle of squared distances [N, N]; 1 if all are one."""
-    upper = squared.T  # by rows, where `gram_matrix` fills by columns: the mask below runs along memory
-    different = torch.ones(upper.shape, dtype=torch.bool, device=upper.device).triu_(1)
-    distances = upper.masked_select(different.logical_and_(upper > SAME * upper.max()))
-    return distances.median().sqrt() if len(distances) else squared.new_ones(())
+def median_distance(x: Tensor) -> float:
+    """Median distance between different rows of centred [N, P]; 1 if all are one."""
+    n, filled = len(x), 0
+    least = SAME * x.square().sum(1).max()
+    squared = x.new_empty(n * (n - 1) // 2)
+    for start in range(0, n, BLOCK):
+        rows = x[start : start + BLOCK]
+        block = squared_distances(rows, x[: start + len(rows)])
+        different = torch.ones(block.shape, dtype=torch.bool, device=x.device).tril_(start - 1)
+        found = block.masked_select(different.logical_and_(block > least))
+        squared[filled : filled + len(found)] = found
+        filled += len(found)
+    return squared[:filled].median().sqrt().item() if filled else 1.0
 
 
 def gram_matrix(prior: Tensor, kernel: str | Kernel, sigma: float | str) -> Tensor:
     """K [N, N] between the rows [N, P] of a prior, in float64 (float32 where the device has none); no gradient.
 
-    Only the lower triangle is filled for "rbf" and "cosine".
-    Raises: OptionError if a callable answers with another shape.
+    Only the lower triangle is filled for "rbf" and "cosine". No other matrix of this size is held.
+    Raises: OptionError if a callable answers with another shape, or not symmetrically.
     """
-    n = len(prior)
-    x = prior if prior.dtype == torch.float64 else prior.float()
+    x = full(prior)
+    if kernel == "rbf":
+        x = x - x.mean(0)
+        width = median_distance(x) if sigma == "median" else float(sigma)
+    elif kernel == "cosine":
+        x = functional.normalize(x, dim=1)
+    n = len(x)
     precise = torch.float32 if x.device.type == "mps" else torch.float64
-    if callable(kernel):
-        given = kernel(x, x)
-        if given.shape != (n, n):
-            raise OptionError(
-                f"the kernel answered rows {tuple(x.shape)} with {tuple(given.shape)}; expected ({n}, {n})"
-            )
-        return given.detach().to(precise, copy=True)
-    x = x - x.mean(0) if kernel == "rbf" else functional.normalize(x, dim=1)
     gram = torch.zeros(n, n, dtype=precise, device=x.device).T  # by columns, as LAPACK wants it: no copy is made
     for start in range(0, n, BLOCK):
-        rows, seen = x[start : start + BLOCK], x[: start + BLOCK]
-        gram[start : start + BLOCK, : start + BLOCK] = (
-            squared_distances(rows, seen) if kernel == "rbf" else rows @ seen.T
+        rows, stop = x[start : start + BLOCK], min(start + BLOCK, n)
+        if callable(kernel):
+            gram[start:stop] = _answer(kernel, rows, x)
+            _check_symmetric(gram[start:stop, :stop], gram[:stop, start:stop].T)
+        elif kernel == "rbf":
+            gram[start:stop, :stop] = _gaussian(squared_distances(rows, x[:stop]).to(precise), width)
+        else:
+            gram[start:stop, :stop] = rows @ x[:stop].T
+    return gram if kernel != "rbf" else gram.fill_diagonal_(1.0)
+
+
+def _gaussian(squared: Tensor, sigma: float) -> Tensor:
+    """exp(-squared / (2 sigma^2)), written over; divided before anything is squared, which a tiny sigma would not bear."""
+    least = torch.finfo(squared.dtype).tiny
+    return squared.sqrt_().div_(max(sigma, least)).square_().mul_(-0.5).exp_()
+
+
+def _answer(kernel: Kernel, rows: Tensor, x: Tensor) -> Tensor:
+    given = kernel(rows, x)
+    expected = (len(rows), len(x))
+    if given.shape != expected:
+        raise OptionError(
+            f"the kernel answered rows {tuple(rows.shape)} and {tuple(x.shape)} with {tuple(given.shape)}; "
+            f"expected {expected}"
         )
-    if kernel == "rbf":
-        width = median_distance(gram) if sigma == "median" else gram.new_tensor(float(sigma))
-        gram.mul_(-0.5 / width.square()).exp_().fill_diagonal_(1.0)
-    return gram
+    return given.detach()
+
+
+def _check_symmetric(below: Tensor, above: Tensor) -> None:
+    apart = (below - above).abs().max()
+    if apart > ASYMMETRY * below.abs().max():
+        raise OptionError(f"the kernel is not symmetric: k(x, y) and k(y, x) differ by {apart.item():.3g}")
 
 
 def ridge_factor(gram: Tensor, ridge: float | None) -> tuple[Tensor, float]:

@@ -184,6 +184,26 @@ def test_large_priors_do_not_cancel(generator: torch.Generator) -> None:
     assert (gram_matrix(prior, "rbf", 20.0).diagonal() == 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tiny_width_averages_nothing(generator: torch.Generator, dtype: torch.dtype) -> None:
+    prior = torch.randn(5, 3, generator=generator, dtype=dtype)
+    for sigma in (1e-3, 1e-30, 1e-200, 1e-310):
+        assert torch.equal(rbf(prior, prior, sigma), torch.eye(5, dtype=dtype))
+        assert torch.equal(gram_matrix(prior, "rbf", sigma), torch.eye(5).double())
+
+
+def test_a_callable_is_asked_for_blocks_of_rows(generator: torch.Generator) -> None:
+    prior = torch.randn(300, 3, generator=generator)
+    asked = []
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        asked.append((len(x), len(y)))
+        return rbf(x, y, 1.5)
+
+    torch.testing.assert_close(gram_matrix(prior, kernel, 1.0), rbf(prior, prior, 1.5).double())
+    assert max(rows for rows, _ in asked) == 128
+
+
 def test_float32_centroids_of_an_ill_conditioned_kernel(generator: torch.Generator) -> None:
     """300 images, sigma 100: an inverse in float32 is off by 7e-3 of the largest centroid."""
     views = torch.randn(300, 2, 16, generator=generator)
@@ -258,8 +278,10 @@ def test_wrong_arguments_are_named() -> None:
         DecoupledUniformity(kernel="rbf")(views, torch.arange(4))
     with pytest.raises(OptionError, match=r"N = 4; given \(3, 2\)"):
         DecoupledUniformity(kernel="rbf")(views, prior[:3])
-    with pytest.raises(OptionError, match=r"answered rows \(4, 2\) with \(2, 2\)"):
+    with pytest.raises(OptionError, match=r"answered rows \(4, 2\) and \(4, 2\) with \(2, 2\)"):
         DecoupledUniformity(kernel=lambda x, y: x.T @ y)(views, prior)
+    with pytest.raises(OptionError, match=r"not symmetric.*differ by"):
+        DecoupledUniformity(kernel=lambda x, y: x @ y.T + x[:, :1])(views, prior)
     with pytest.raises(DataError, match=r"not positive definite.*larger ridge"):
         DecoupledUniformity(kernel=lambda x, y: -torch.eye(4))(views, prior)
     with pytest.raises(DataError, match="prior finite"):
