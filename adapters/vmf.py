@@ -16,10 +16,11 @@ from torch.distributions import Distribution, constraints
 from torch.nn import functional
 
 from .errors import OptionError
-from .numerics import first_order
+from .numerics import by_blocks, first_order
 from .vmf_table import cosine_table, solve_quantile
 
 ORDER, TERMS = 14, 8  # Debye's expansion is used at orders >= 14 with 8 corrections, where it errs by less than 1e-10
+CHUNK = 1 << 16  # concentrations at a time: the normaliser's recurrence takes some 50 numbers for each
 LARGEST = 1e100  # stands for infinity where infinity would make a NaN
 
 
@@ -204,12 +205,14 @@ class _LogNormalizer(torch.autograd.Function):
         ctx.dim = dim
         k = kappa.clamp(max=LARGEST)
         at_zero = math.lgamma(0.5 * dim) - math.log(2.0) - 0.5 * dim * math.log(math.pi)
-        return at_zero - _log_growth(k, dim) - (kappa - k)
+        return at_zero - by_blocks(lambda part: _log_growth(part, dim), k, CHUNK) - (kappa - k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (kappa,) = ctx.saved_tensors
-        return -grads[0] * mean_resultant_length(kappa, ctx.dim), None
+        if torch.is_grad_enabled():
+            return -grads[0] * mean_resultant_length(kappa, ctx.dim), None
+        return -grads[0] * by_blocks(lambda part: mean_resultant_length(part, ctx.dim), kappa, CHUNK), None
 
 
 class _HalfChord(torch.autograd.Function):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import OptionError
+from ..numerics import block_rows
 from ..vmf import VonMisesFisher, log_normalizer
+from .common import log_parameter, number
 from .posteriors import check_posteriors, columns
 from .sampled import check_positive
 
 LARGEST = 1e15  # stands for larger concentrations, and for infinity
 LARGE = 1e10  # from here on the normaliser's expansion at infinity is exact to 1e-6 at d = 4096
-CHUNK = 1 << 18
+CHUNK, CHUNK_GPU = 1 << 17, 1 << 22  # pairs, or numbers of their directions, held at a time
 
 # Slopes of the authors' fit log C_d(kappa) = const + p kappa + q kappa^1.1, by dimension; the constant cancels.
 PAPER_FIT = {
@@ -49,13 +53,12 @@ class ExpectedLikelihoodKernel(nn.Module):
         super().__init__()
         check_positive("ExpectedLikelihoodKernel", concentration=concentration)
         self.reference = reference
-        log = torch.tensor(float(concentration)).log()
-        self.log_concentration = nn.Parameter(log) if learnable else None
+        self.log_concentration = log_parameter(concentration, learnable)
         self.fixed_concentration = float(concentration)
 
     @property
     def concentration(self) -> Tensor | float:
-        return self.fixed_concentration if self.log_concentration is None else self.log_concentration.exp()
+        return number(self.log_concentration, self.fixed_concentration)
 
     def forward(
         self, anchor: VonMisesFisher, positive: VonMisesFisher, negatives: VonMisesFisher | None = None
@@ -66,9 +69,8 @@ class ExpectedLikelihoodKernel(nn.Module):
         if self.reference and negatives is None:
             mu, kappa = mu[:, :1], kappa[:, :1]
         with torch.autocast(mu.device.type, enabled=False):
-            chord = _SquaredChord.apply(anchor.mean_direction.to(mu), mu)
             log_c = _paper_log_c if self.reference else _log_c
-            kernel = _log_kernel(anchor.concentration[:, None], kappa, chord, anchor.dim, log_c)
+            kernel = _in_blocks(log_c, anchor.mean_direction.to(mu), anchor.concentration[:, None], mu, kappa)
             if self.reference and negatives is None:
                 kernel = torch.cat([kernel, kernel.roll(1, 0)], 1)
             tau = torch.as_tensor(self.concentration, device=mu.device).double()
@@ -86,6 +88,23 @@ def log_expected_likelihood(one: VonMisesFisher, other: VonMisesFisher) -> Tenso
     chord = (one.mean_direction - other.mean_direction).double().square().sum(-1)
     value = _log_kernel(one.concentration, other.concentration, chord, one.dim, _log_c)
     return value.to(torch.promote_types(one.concentration.dtype, other.concentration.dtype))
+
+
+def _in_blocks(log_c: Any, *inputs: Tensor) -> Tensor:
+    """log K [B, J] from mu [B, d], kappa [B, 1], mu [B, J, d], kappa [B, J].
+
+    What the way back needs of a block of rows, some 30 numbers for each pair, is computed anew there.
+    """
+
+    def of_rows(anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor) -> Tensor:
+        return _log_kernel(anchor_kappa, kappa, _SquaredChord.apply(anchor_mu, mu), mu.shape[-1], log_c)
+
+    block = block_rows(inputs[3], inputs[3].shape[1], CHUNK, CHUNK_GPU)
+    if block >= len(inputs[3]):
+        return of_rows(*inputs)
+    parts = zip(*(x.split(block) for x in inputs), strict=True)
+    again = partial(checkpoint, of_rows, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*part) for part in parts])
 
 
 def _log_kernel(k1: Tensor, k2: Tensor, chord: Tensor, dim: int, log_c: Any) -> Tensor:
@@ -129,10 +148,9 @@ class _SquaredChord(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, mu: Tensor) -> Tensor:
         ctx.save_for_backward(anchor, mu)
-        rows, columns_, dim = mu.shape
-        chord = torch.empty(rows, columns_, dtype=torch.float64, device=mu.device)
-        block = max(1, CHUNK // (columns_ * dim))
-        for start in range(0, rows, block):
+        chord = torch.empty(mu.shape[:2], dtype=torch.float64, device=mu.device)
+        block = block_rows(mu, mu[0].numel(), CHUNK, CHUNK_GPU)
+        for start in range(0, len(mu), block):
             part = slice(start, start + block)
             chord[part] = (anchor[part, None] - mu[part]).double().square_().sum(-1)
         return chord

@@ -246,11 +246,19 @@ def test_float32_is_computed_in_full_and_autocast_changes_nothing() -> None:
     assert loss(*posteriors({name: x.bfloat16() for name, x in inputs.items()})).dtype == torch.float32
 
 
-def test_blocks_of_rows_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make_inputs(10, 3, kappa=(3.0,))
-    whole = ExpectedLikelihoodKernel()(*posteriors(inputs))
+@pytest.mark.parametrize("negatives", [0, 3])
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch, negatives: int) -> None:
+    inputs = {name: x.detach()[:3].requires_grad_() for name, x in make_inputs(4, negatives, kappa=(3.0,)).items()}
+    loss = ExpectedLikelihoodKernel()
+    whole = loss(*posteriors(inputs))
+    by_whole = torch.autograd.grad(whole, list(inputs.values()))
     monkeypatch.setattr(elk, "CHUNK", 1)
-    assert torch.equal(ExpectedLikelihoodKernel()(*posteriors(inputs)), whole)
+    parts = loss(*posteriors(inputs))
+    assert torch.equal(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts, list(inputs.values())), by_whole)
+    tau = ExpectedLikelihoodKernel(1.5)
+    evaluate = lambda *x: tau(*posteriors(dict(zip(inputs, x, strict=True))))  # noqa: E731
+    assert torch.autograd.gradgradcheck(evaluate, list(inputs.values()))
 
 
 def test_the_concentration_is_a_parameter_only_where_asked() -> None:
