@@ -1,6 +1,10 @@
 """The closed-form posterior against laplace-torch, dense matrices, autograd and brute-force sampling."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -424,3 +428,44 @@ def test_a_prior_of_another_shape_is_refused() -> None:
         LastLayerPosterior("kron", torch.ones(4, 6)).fit(phi, weight, bias, labels)
     with pytest.raises(OptionError, match="rows='test'"):
         LastLayerPosterior().fit(phi, weight, bias, labels, rows="test")
+
+
+PROGRAM = """
+import sys, numpy as np, torch
+from accelerate import PartialState
+from posthoc.adapters.laplace import LastLayerPosterior
+
+state = PartialState(cpu=True)
+arrays = np.load(sys.argv[1])
+rank, world = state.process_index, state.num_processes
+for structure in ("kron", "diag", "full"):
+    posterior = LastLayerPosterior(structure, 0.7).fit(
+        *(arrays["phi"][rank::world], arrays["weight"], arrays["bias"], arrays["labels"][rank::world]),
+        across_processes=True,
+    )
+    found = posterior.functional_variance(torch.from_numpy(arrays["phi"])).numpy()
+    evidence = float(posterior.log_marginal_likelihood())
+    np.savez(f"{structure}-{rank}.npz", world=world, variance=found, n=posterior.n_data, evidence=evidence)
+"""
+
+
+def test_two_processes_with_half_the_rows_each_know_what_one_with_all_knows(tmp_path: Path) -> None:
+    phi, weight, bias, labels = problem(rows=51)
+    np.savez(tmp_path / "data.npz", phi=phi, weight=weight, bias=bias, labels=labels)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(port)]
+    command = [sys.executable, "-m", *launch, "program.py", "data.npz"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for structure in STRUCTURES:
+        whole = LastLayerPosterior(structure, 0.7).fit(phi, weight, bias, labels)
+        for rank in range(2):
+            found = np.load(tmp_path / f"{structure}-{rank}.npz")
+            assert int(found["world"]) == 2
+            assert int(found["n"]) == 51
+            np.testing.assert_allclose(found["variance"], whole.functional_variance(phi), rtol=1e-9)
+            assert float(found["evidence"]) == pytest.approx(float(whole.log_marginal_likelihood()), rel=1e-12)
