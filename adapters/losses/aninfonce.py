@@ -29,7 +29,7 @@ class AnInfoNCE(nn.Module):
             proportion to exp(beta s_ij); the weights get no gradient. 0 is the plain loss.
         reference: as the paper's code, whose rows of view 2 have exp s(z1_i, z2_j) among their negatives where
             exp s(z2_i, z1_j) is right: up to 0.8 % of the loss and 9 % of its gradient in the golden cases, and NT-Xent
-            is no longer the special case.
+            is no longer the special case. It holds several matrices [N, N], where the plain loss holds one [2N, 2N].
     Attributes: precision, Lambda [dim].
     Source: Rusak et al., arXiv 2407.00143; the paper names hard negatives and ensembles, its code has neither.
     """
@@ -78,7 +78,7 @@ class AnInfoNCE(nn.Module):
             x1, x2 = u1 * root, u2 * root
             close = (x1 - x2).square().sum(-1) / -2
             if self.reference:
-                return _as_published(x1, x2, close)
+                return _rows_as_published(x1, x2, close).mean()
             return contrast(torch.cat([x1, x2]), u1.new_ones(2 * n), close.repeat(2), self.terms)
 
 
@@ -118,12 +118,12 @@ class AnInfoNCEEnsemble(nn.Module):
         return torch.stack([loss(z1, z2) for loss, (z1, z2) in zip(self.losses, pairs, strict=True)]).sum()
 
 
-def _as_published(a: Tensor, b: Tensor, close: Tensor) -> Tensor:
-    """The loss of the paper's code from both views times the root of the precision, [N, D]."""
+def _rows_as_published(a: Tensor, b: Tensor, close: Tensor) -> Tensor:
+    """The losses [2N] of the paper's code from both views times the root of the precision, [N, D]."""
     own = torch.eye(len(a), dtype=torch.bool, device=a.device)
     within_a, within_b, across = (_similarity(u, v).masked_fill(own, -math.inf) for u, v in ((a, a), (b, b), (a, b)))
     rows = [torch.cat([close[:, None], within, across], 1).logsumexp(1) - close for within in (within_a, within_b)]
-    return torch.cat(rows).mean()
+    return torch.cat(rows)
 
 
 def _similarity(u: Tensor, v: Tensor) -> Tensor:

@@ -51,9 +51,14 @@ class LossMSE(nn.Module):
     """
 
     def forward(self, u: Tensor, target_loss: Tensor) -> Tensor:
-        """Scalar loss for uncertainties [B] and losses [B]; the targets get no gradient."""
-        if u.shape != target_loss.shape:
-            raise OptionError(f"LossMSE expects two tensors of one shape; given {_shapes(u, target_loss)}")
+        """Scalar loss for uncertainties [B] and losses [B]; the targets get no gradient.
+
+        Raises: OptionError if the shapes differ or there are none.
+        """
+        if u.shape != target_loss.shape or u.numel() == 0:
+            raise OptionError(
+                f"LossMSE expects two tensors of one shape with at least one number; given {_shapes(u, target_loss)}"
+            )
         return (u - target_loss.detach()).square().mean()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from posthoc.adapters.errors import OptionError
-from posthoc.adapters.losses import AnInfoNCE, AnInfoNCEEnsemble, NTXent
+from posthoc.adapters.losses import AnInfoNCE, AnInfoNCEEnsemble, NTXent, aninfonce
 
 CASES = ["n3", "n10", "bimodal", "linspace", "extreme"]
 
@@ -66,10 +66,21 @@ def test_golden_numbers(shared: Path, case: str, reference: bool) -> None:
         truth = golden[f"grad_{name}{suffix}"]
         assert np.abs(grad.numpy() - truth).max() <= 1e-8
         assert np.abs(rough.numpy() - truth).max() <= 1e-6 + 1e-4 * np.abs(truth).max()
-    if reference:
-        assert float(golden["loss"]) == pytest.approx(golden["loss_per_item"].mean(), abs=1e-9)
-    else:
+    if not reference:
         assert value.item() != pytest.approx(float(golden["loss"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_rows_of_the_papers_code(shared: Path, case: str) -> None:
+    """It adds [2N] and [2N, 1], so that its "losses per item" are each row's sum minus each row's positive [2N, 2N]."""
+    golden = np.load(shared / f"golden/aninfonce/loss_{case}.npz")
+    root = torch.tensor(golden["lambda_hat"]).sqrt()
+    x1, x2 = (functional.normalize(torch.tensor(golden[name]), dim=-1) * root for name in ("z1", "z2"))
+    close = (x1 - x2).square().sum(-1) / -2
+    rows = aninfonce._rows_as_published(x1, x2, close)
+    np.testing.assert_allclose(rows, golden["loss_per_item"].diagonal(), rtol=0, atol=1e-9)
+    assert -close.mean().item() == pytest.approx(float(golden["loss_pos_mean"]), abs=1e-9)
+    assert (rows + close.repeat(2)).mean().item() == pytest.approx(float(golden["loss_neg_mean"]), abs=1e-9)
 
 
 def _isotropic(dim: int, precision: float, reference: bool = False) -> AnInfoNCE:
@@ -81,6 +92,7 @@ def _isotropic(dim: int, precision: float, reference: bool = False) -> AnInfoNCE
 
 
 def test_isotropic_precision_is_ntxent(shared: Path, generator: torch.Generator) -> None:
+    """The file's `simclr_*` and `lp*` are other losses of the paper's repository, which this library has not."""
     golden = np.load(shared / "golden/aninfonce/isotropic_a.npz")
     z = [torch.tensor(golden[name]) for name in ("z1", "z2")]
     tau, precision, dim = float(golden["tau"]), float(golden["lambda_hat"]), z[0].shape[1]

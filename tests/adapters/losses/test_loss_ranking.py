@@ -30,12 +30,14 @@ def _inputs(golden: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, 
     ],
 )
 def test_matches_the_papers_code(golden, name, loss, inverse_temperature, weight, task_weight) -> None:
+    """The logits learn from the cross-entropy alone: the loss predictor's targets get no gradient."""
     u, logits, targets = _inputs(golden)
+    logits.requires_grad_()
     task = cross_entropy(logits * inverse_temperature, targets, reduction="none")
     value = task_weight * task.mean() + weight * loss(u, task)
     assert value.item() == pytest.approx(float(golden[name]), rel=1e-5)
-    (grad,) = torch.autograd.grad(value, u)
-    np.testing.assert_allclose(grad.numpy(), golden[f"{name}_grad_unc"], rtol=1e-5, atol=1e-7)
+    for seen, of in zip(torch.autograd.grad(value, (u, logits)), ("unc", "logits"), strict=True):
+        np.testing.assert_allclose(seen.numpy(), golden[f"{name}_grad_{of}"], rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_order_of_targets_matters_and_ties_count_as_less() -> None:
@@ -71,6 +73,8 @@ def test_gradients(generator: torch.Generator) -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(OptionError, match="at least one"):
+        LossMSE()(torch.ones(0), torch.ones(0))
     with pytest.raises(OptionError, match="B >= 2"):
         LossRanking()(torch.ones(1), torch.ones(1))
     with pytest.raises(OptionError, match=r"\(4,\), \(4, 1\)"):

@@ -14,7 +14,16 @@ from torch.nn import functional
 from posthoc.adapters.errors import OptionError
 from posthoc.adapters.losses import AnInfoNCE, NTXent, TaU, contrast
 
+from .tools import peak_bytes
+
 CASES = ["n4_d8_t0.1_s100", "n16_d32_t0.07_s101", "n64_d128_t0.1_s102"]
+TAU = [
+    "n4_d8_t0.1_mask0_s110",
+    "n4_d8_t0.1_mask1_s111",
+    "n16_d32_t0.07_mask0_s112",
+    "n32_d64_t0.1_mask1_s113",
+    "n64_d128_t0.1_mask0_s114",
+]
 
 
 def _views(n: int, dim: int, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -35,16 +44,6 @@ def _plain(z1: Tensor, z2: Tensor, t: float, include_positive: bool) -> Tensor:
     return total / rows
 
 
-def _peak_bytes(run: object) -> int:
-    """The most bytes of tensors that `run` holds at once beyond what it was called with."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()  # type: ignore[operator]
-    assert profile.profiler is not None
-    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert sizes
-    return int(np.cumsum(sizes).max())
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_reference_form_matches_the_papers_code(shared: Path, case: str) -> None:
     golden = np.load(shared / f"golden/tau/simclr_ntxent_{case}.npz")
@@ -59,6 +58,34 @@ def test_reference_form_matches_the_papers_code(shared: Path, case: str) -> None
             expected = golden[f"{name}_f64"] if double else golden[name]  # the largest case has single ones only
             limit = (absolute, gradient) if double else (1e-6, 1e-4)
             assert np.abs(grad.numpy() - expected).max() <= limit[0] + limit[1] * np.abs(expected).max()
+
+
+# The `infonce_*` of golden/mcinfonce/url_losses.npz are no loss of this library: their positive is not in the
+# denominator and both sums have a 1 in them, a row's cosine with itself after that code's masking (spec, section 8.1).
+
+
+@pytest.mark.parametrize(
+    "case", [*(f"simclr_ntxent_{case}" for case in CASES), *(f"tau_simclr_{case}" for case in TAU)]
+)
+def test_golden_sums_of_each_row(shared: Path, case: str) -> None:
+    """Row by row, the only one with a negative: log D_i - close_i. In the paper's code P of view 2 has view 1's scale."""
+    golden = np.load(shared / f"golden/tau/{case}.npz")
+    t, plain = float(golden["t"]), case.startswith("simclr")
+    z1, z2 = (torch.tensor(golden[name]).double() for name in (("outputs1", "outputs2") if plain else ("loc1", "loc2")))
+    z = functional.normalize(torch.cat([z1, z2]), dim=-1)
+    rows = len(z)
+    scale = torch.full((rows,), 1.0 / t, dtype=torch.float64)
+    if not plain:
+        scale = torch.sigmoid(torch.tensor(np.concatenate([golden["raw1"], golden["raw2"]])[:, 0]).double()) / t
+    close = (z * z.roll(rows // 2, 0)).sum(-1) * scale
+    terms = contrast.Terms(include_positive=plain or bool(golden["simclr_mask"]), floor=float(golden["eps"]))
+    for i in range(0, rows, 5):
+        exclude = torch.ones(rows, rows, dtype=torch.bool)
+        exclude[i] = False
+        value = contrast.contrast(z, scale, close, terms, exclude)
+        assert float((value + close[i]).exp()) == pytest.approx(float(golden["denominator"][i]), rel=1e-4)
+        published = close[i] / scale[i] * scale[i % (rows // 2)]
+        assert float(published.exp()) == pytest.approx(float(golden["numerator"][i]), rel=1e-4)
 
 
 @pytest.mark.parametrize("include_positive", [False, True])
@@ -139,10 +166,10 @@ def test_one_matrix_is_held_and_none_for_frozen_embeddings(
     r = [torch.zeros(n, requires_grad=True) for _ in range(2)]
     monkeypatch.setattr(contrast, "CHUNK", 1 << 15)
     matrix, chunk = 4 * (2 * n) ** 2, 4 * contrast.CHUNK
-    trained = _peak_bytes(lambda: torch.autograd.grad(TaU()(*z, *r), [*z, *r]))
+    trained = peak_bytes(lambda: torch.autograd.grad(TaU()(*z, *r), [*z, *r]))
     assert matrix < trained < 1.25 * matrix
     frozen = [x.detach() for x in z]
-    assert chunk < _peak_bytes(lambda: torch.autograd.grad(TaU()(*frozen, *r), r)) < 6 * chunk < 0.25 * matrix
+    assert chunk < peak_bytes(lambda: torch.autograd.grad(TaU()(*frozen, *r), r)) < 6 * chunk < 0.25 * matrix
 
 
 def test_one_trained_view_and_no_gradient(generator: torch.Generator) -> None:

@@ -74,6 +74,20 @@ def test_golden_numbers(shared: Path, case: str, dtype: torch.dtype) -> None:
             assert (grads[1] == 0).all()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_golden_logits(shared: Path, case: str) -> None:
+    """Of a query alone: log sum exp over its row less its first; the paper's code takes 1 from every cosine."""
+    golden = np.load(shared / f"golden/tau/moco_{case}.npz")
+    query, key, queue, r = (torch.tensor(golden[name]).double() for name in ("q", "k", "queue", "raw_q"))
+    logits = torch.tensor(golden["tau_logits"]).double()
+    for i in range(len(query)):
+        one = slice(i, i + 1)
+        for columns in (slice(None), slice(3, 4), slice(7, 9)):  # and of some of the queue, so that each logit counts
+            value = TaUMoCo(float(golden["t"]))(query[one], key[one], queue[columns], r[one, 0])
+            row = torch.cat([logits[i, :1], logits[i, 1:][columns]])
+            assert value.item() == pytest.approx((row.logsumexp(0) - row[0]).item(), rel=1e-4, abs=1e-6)
+
+
 def test_equals_the_formula_in_blocks_too(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, queue, r = _inputs(generator, n=4, k=75)
     inputs = [query.requires_grad_(), r.requires_grad_()]
