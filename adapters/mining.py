@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import OptionError
+from .numerics import block_rows, unit_rows
 
 MINERS = ("all", "semihard", "hard", "easy", "none")
 CHUNK, CHUNK_GPU = 1 << 20, 1 << 26  # candidate triplets held at a time
@@ -52,9 +53,9 @@ def mine_triplets(
     """
     check_miner("mine_triplets", margin, miner)
     check_pairs("mine_triplets", embedding, positive, negative)
-    u = directions(embedding)
+    u = unit_rows(embedding)
     n = len(u)
-    block = max(1, (CHUNK if u.device.type == "cpu" else CHUNK_GPU) // max(1, n * n))
+    block = block_rows(u, n * n, CHUNK, CHUNK_GPU)
     found = [torch.empty(3, 0, dtype=torch.int64, device=u.device)]
     for start in range(0, n, block):
         rows = slice(start, start + block)
@@ -75,12 +76,6 @@ def mine_triplets(
         found.append(triplets)
     anchors, positives, negatives = torch.cat(found, 1)
     return anchors, positives, negatives
-
-
-def directions(embedding: Tensor) -> Tensor:
-    """Embeddings [N, D] in at least float32, divided by their lengths."""
-    full = embedding if embedding.dtype == torch.float64 else embedding.float()
-    return torch.nn.functional.normalize(full, dim=-1)
 
 
 def triplet_counts(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import OptionError
-from .contrast import Terms, contrast, directions
+from .contrast import Terms, contrast, unit_views
 
 LOG_2 = math.log(2.0)  # softplus(0), the middle of the paper's random start
 
@@ -72,7 +72,7 @@ class AnInfoNCE(nn.Module):
                 f"AnInfoNCE(dim={dim}) expects embeddings [N, {dim}]; the shape given is {tuple(z1.shape)}"
             )
         with torch.autocast(z1.device.type, enabled=False):
-            u1, u2 = directions("AnInfoNCE", z1, z2)
+            u1, u2 = unit_views("AnInfoNCE", z1, z2)
             # the root has no slope at 0, where softplus underflows
             root = self.precision.to(u1.dtype).clamp(min=torch.finfo(u1.dtype).tiny).sqrt()
             x1, x2 = u1 * root, u2 * root

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import OptionError
-from ..numerics import first_order
+from ..numerics import block_rows, first_order, unit_rows
 
 CHUNK, CHUNK_GPU = 1 << 19, 1 << 22  # similarities of a slab of rows: what a cache holds, what fills a GPU
 
@@ -49,17 +49,12 @@ def contrast(z: Tensor, scale: Tensor, close: Tensor, terms: Terms, exclude: Ten
     return _Contrast.apply(z, scale, close, terms, exclude, torch.is_grad_enabled())
 
 
-def directions(name: str, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+def unit_views(name: str, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows, float32 or float64, of two views [N, D]. Raises OptionError unless N >= 2 and the shapes agree."""
     if z1.ndim != 2 or len(z1) < 2 or z2.shape != z1.shape:
         shapes = f"{tuple(z1.shape)} and {tuple(z2.shape)}"
         raise OptionError(f"{name} expects two views [N, D] of the same N >= 2 images; the shapes given are {shapes}")
-    return functional.normalize(full(z1), dim=-1), functional.normalize(full(z2), dim=-1)
-
-
-def full(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    return unit_rows(z1), unit_rows(z2)
 
 
 class _Slab(NamedTuple):
@@ -89,7 +84,7 @@ class _Contrast(torch.autograd.Function):
         sharp = scale * (1.0 + terms.hardness)
         log_sum = torch.full_like(scale, -math.inf)
         log_mass = torch.full_like(scale, -math.inf)  # of the hard negatives' weights
-        size = max(32, (CHUNK if z.device.type == "cpu" else CHUNK_GPU) // len(z))
+        size = max(32, block_rows(z, len(z), CHUNK, CHUNK_GPU))
         room = z.new_empty(len(z) * (len(z) if by_z else min(2 * size, len(z))))  # all slabs, or one
         slabs = []
         for start, stop, similarity in _similarities(z, size, terms.distance):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..mining import check_miner, check_pairs, directions, mine_triplets, triplet_counts, unit_distances
-from ..numerics import first_order
+from ..mining import check_miner, check_pairs, mine_triplets, triplet_counts, unit_distances
+from ..numerics import block_rows, first_order, unit_rows
 from ..positives import label_masks
 
 CHUNK, CHUNK_GPU = 1 << 17, 1 << 24  # pairs held at a time
@@ -55,7 +55,7 @@ class ContrastiveMetric(nn.Module):
         """
         masks = self._masks(embedding, label, positive, negative)
         with torch.autocast(embedding.device.type, enabled=False):
-            return _MinedLoss.apply(directions(embedding), *masks, self.margin, self.miner, torch.is_grad_enabled())
+            return _MinedLoss.apply(unit_rows(embedding), *masks, self.margin, self.miner, torch.is_grad_enabled())
 
     def mine(
         self,
@@ -72,8 +72,12 @@ class ContrastiveMetric(nn.Module):
     def _masks(
         embedding: Tensor, label: Tensor | None, positive: Tensor | None, negative: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if (label is None) != (positive is not None and negative is not None):
-            raise OptionError("ContrastiveMetric expects either labels [N] or both masks, positive and negative [N, N]")
+        masks = [name for name, mask in (("positive", positive), ("negative", negative)) if mask is not None]
+        if len(masks) != (2 if label is None else 0):
+            given = " and ".join([*(["label"] if label is not None else []), *masks]) or "neither"
+            raise OptionError(
+                f"ContrastiveMetric expects either labels [N] or both masks, positive and negative [N, N]; given {given}"
+            )
         if label is not None:
             positive, negative = label_masks(label)
         assert positive is not None
@@ -90,7 +94,7 @@ class _MinedLoss(torch.autograd.Function):
         ctx: Any, u: Tensor, positive: Tensor, negative: Tensor, margin: float, miner: str, recorded: bool
     ) -> Tensor:
         n = len(u)
-        block = max(1, (CHUNK if u.device.type == "cpu" else CHUNK_GPU) // max(1, n))
+        block = block_rows(u, n, CHUNK, CHUNK_GPU)
         # the two means' sums, numbers of terms and gradients: a term's weight is known only at the end
         total, terms = u.new_zeros(2), u.new_zeros(2, dtype=torch.int64)
         grad = u.new_zeros(2, *u.shape)

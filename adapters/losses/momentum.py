@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from ..distributed import check_launch
 from ..errors import OptionError
+from ..gathering import gather_rows
 
 
 class MomentumContrast(nn.Module):
@@ -28,7 +29,7 @@ class MomentumContrast(nn.Module):
     Args:
         encoder: the trained module; a copy of it is kept.
         dim: D of the keys.
-        queue_size: K, a multiple of nothing.
+        queue_size: K >= 1; it need not be a multiple of the batch.
         momentum: m in [0, 1], the share of itself that the copy keeps in an update.
     Attributes: queue [K, D] unit vectors, at first random ones, the same in every process; encoder, the copy.
     Source: He et al., arXiv 1911.05722. Keys are not shuffled among processes for the sake of batch normalisation.
@@ -83,7 +84,8 @@ class MomentumContrast(nn.Module):
         if keys.ndim != 2 or keys.shape[1] != self.queue.shape[1]:
             dim = self.queue.shape[1]
             raise OptionError(f"enqueue expects keys [N, {dim}]; the shape given is {tuple(keys.shape)}")
-        keys = _gathered(functional.normalize(keys.to(self.queue), dim=-1))
+        check_launch()  # several processes must not take themselves for one each
+        keys = gather_rows(functional.normalize(keys.to(self.queue), dim=-1))
         size, first = len(self.queue), int(self.position)
         at = torch.arange(first, first + len(keys), device=keys.device)[-size:] % size
         self.queue[at] = keys[-size:]
@@ -92,14 +94,3 @@ class MomentumContrast(nn.Module):
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-def _gathered(rows: Tensor) -> Tensor:
-    """The rows of all processes of the launch, one below the other, also where their numbers differ."""
-    if check_launch().world == 1:
-        return rows
-    from accelerate.utils import gather, pad_across_processes
-
-    lengths = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
-    blocks = gather(pad_across_processes(rows)).split(max(lengths))
-    return torch.cat([block[:length] for block, length in zip(blocks, lengths, strict=True)])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .contrast import Terms, contrast, directions
+from .contrast import Terms, contrast, unit_views
 
 
 class NTXent(nn.Module):
@@ -38,7 +38,7 @@ class NTXent(nn.Module):
         Raises: OptionError if the shapes do not fit.
         """
         with torch.autocast(z1.device.type, enabled=False):
-            u1, u2 = directions("NTXent", z1, z2)
+            u1, u2 = unit_views("NTXent", z1, z2)
             scale = u1.new_full((2 * len(u1),), 1.0 / self.temperature)
             close = (u1 * u2).sum(-1) / self.temperature
             return contrast(torch.cat([u1, u2]), scale, close.repeat(2), self.terms)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..numerics import full
 
 
 def mutual_likelihood_score(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -48,8 +49,6 @@ class MutualLikelihood(nn.Module):
 
 def _terms(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     with torch.autocast(mean1.device.type, enabled=False):
-        mean1, log_variance1, mean2, log_variance2 = (
-            x if x.dtype == torch.float64 else x.float() for x in (mean1, log_variance1, mean2, log_variance2)
-        )
+        mean1, log_variance1, mean2, log_variance2 = map(full, (mean1, log_variance1, mean2, log_variance2))
         log = torch.logaddexp(log_variance1, log_variance2)
         return (mean1 - mean2).square() * (-log).exp() + log

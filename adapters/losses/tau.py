@@ -8,14 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .contrast import Terms, contrast, directions, full
+from ..numerics import full
+from .contrast import Terms, contrast, unit_views
 
 FLOOR = 1e-6  # added to each denominator, as in the paper's code
 
 
 def temperature(raw: Tensor, base_temperature: float | Tensor) -> Tensor:
-    """The temperature t / sigmoid(raw) in (t, inf) of a raw output, any shape: higher = less certain; always finite."""
-    return base_temperature * (1.0 + torch.exp(-raw.clamp(min=-80.0)))
+    """The temperature t / sigmoid(raw) in (t, inf) of a raw output, any shape: higher = less certain; always finite.
+
+    At least float32, whose range it needs.
+    """
+    return base_temperature * (1.0 + torch.exp(-full(raw).clamp(min=-80.0)))
 
 
 class TaU(nn.Module):
@@ -54,13 +58,14 @@ class TaU(nn.Module):
         if z1.ndim != 2 or n < 2 or z2.shape != z1.shape or r1.shape != (n,) or r2.shape != (n,):
             shapes = ", ".join(str(tuple(x.shape)) for x in (z1, z2, r1, r2))
             raise OptionError(f"TaU expects [N, D], [N, D], [N], [N] with N >= 2; the shapes given are {shapes}")
-        if exclude is not None and (self.reference or exclude.shape != (2 * n, 2 * n)):
+        fits = exclude is None or (exclude.shape == (2 * n, 2 * n) and exclude.dtype == torch.bool)
+        if exclude is not None and (self.reference or not fits):
             raise OptionError(
-                f"TaU: exclude of shape {tuple(exclude.shape)} was given; expected [2N, 2N] for N = {n}, and none "
-                "with reference=True"
+                f"TaU: exclude {tuple(exclude.shape)} {exclude.dtype} was given; expected bool [2N, 2N] for N = {n}, "
+                "and none with reference=True"
             )
         with torch.autocast(z1.device.type, enabled=False):
-            u1, u2 = directions("TaU", z1, z2)
+            u1, u2 = unit_views("TaU", z1, z2)
             scale = torch.sigmoid(full(torch.cat([r1, r2]))) / self.base_temperature
             cosine = (u1 * u2).sum(-1).repeat(2)
             loss = contrast(torch.cat([u1, u2]), scale, cosine * scale, self.terms, exclude)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import OptionError
-from ..numerics import first_order
-from .contrast import CHUNK, CHUNK_GPU, full
+from ..numerics import block_rows, first_order, full, unit_rows
+from .contrast import CHUNK, CHUNK_GPU
 
 
 class TaUMoCo(nn.Module):
@@ -47,7 +47,7 @@ class TaUMoCo(nn.Module):
             shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, queue, r_query))
             raise OptionError(f"TaUMoCo expects [N, D], [N, D], [K, D], [N]; the shapes given are {shapes}")
         with torch.autocast(query.device.type, enabled=False):
-            q = functional.normalize(full(query), dim=-1)
+            q = unit_rows(query)
             k = functional.normalize(key.detach().to(q), dim=-1)
             scale = torch.sigmoid(full(r_query)).to(q) / self.base_temperature
             scaled = q * scale[:, None]
@@ -62,7 +62,7 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, keys: Tensor, recorded: bool) -> Tensor:
         needed = recorded and ctx.needs_input_grad[0]
-        size = max(32, (CHUNK if q.device.type == "cpu" else CHUNK_GPU) // max(q.shape))
+        size = max(32, block_rows(q, max(q.shape), CHUNK, CHUNK_GPU))
         top = q.new_full((len(q),), -math.inf)
         mass, mean = torch.zeros_like(top), torch.zeros_like(q)
         for block in keys.split(size):

@@ -173,6 +173,11 @@ def test_wrong_arguments_are_named() -> None:
         ContrastiveMetric(1)(embedding, positive=positive)
     with pytest.raises(OptionError, match="either labels"):
         ContrastiveMetric(1)(embedding, label, positive=positive, negative=negative)
+    for mask in ({"positive": positive}, {"negative": negative}):  # it would have no say
+        with pytest.raises(OptionError, match=f"given label and {next(iter(mask))}"):
+            ContrastiveMetric(1)(embedding, label, **mask)
+        with pytest.raises(OptionError, match=f"given label and {next(iter(mask))}"):
+            ContrastiveMetric(1).mine(embedding, label, **mask)
     with pytest.raises(OptionError, match=r"given \(4, 2\) torch.float32, \(3, 3\) torch.bool"):
         ContrastiveMetric(1)(embedding, label[:3])
     with pytest.raises(OptionError, match=r"two bool \[N, N\]"):

@@ -135,6 +135,9 @@ def test_extreme_temperatures_stay_finite(generator: torch.Generator) -> None:
             grads = torch.autograd.grad(value, (z1, r))
             assert value.isfinite()
             assert all(g.isfinite().all() for g in grads)
+    half = temperature(torch.tensor([-6e4, 0.0], dtype=torch.float16), 0.1)
+    assert half.dtype == torch.float32
+    assert half.isfinite().all()
     tau = temperature(torch.tensor([-1e30, -5.0, 0.0, 5.0, 1e30]), 0.1)
     assert tau.isfinite().all()
     assert (tau.diff() < 0).all()
@@ -159,7 +162,9 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(OptionError, match=r"\[N, D\].*\(4, 1\)"):
         TaU()(torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 1), torch.ones(4, 1))
     z, r, exclude = torch.ones(4, 2), torch.ones(4), torch.zeros(8, 8, dtype=torch.bool)
-    with pytest.raises(OptionError, match=r"exclude of shape \(8, 8\).*reference=True"):
+    with pytest.raises(OptionError, match=r"exclude \(8, 8\).*reference=True"):
         TaU(reference=True)(z, z, r, r, exclude=exclude)
-    with pytest.raises(OptionError, match=r"exclude of shape \(4, 8\).*expected \[2N, 2N\]"):
+    with pytest.raises(OptionError, match=r"exclude \(4, 8\).*expected bool \[2N, 2N\]"):
         TaU()(z, z, r, r, exclude=exclude[:4])
+    with pytest.raises(OptionError, match=r"\(8, 8\) torch.float32.*expected bool"):
+        TaU()(z, z, r, r, exclude=exclude.float())
