@@ -26,6 +26,8 @@ from typing import Any
 import losses_plain as plain
 import torch
 from torch import Tensor
+from torch.distributions import Normal
+from torch.nn import functional
 
 from posthoc.adapters import losses
 from posthoc.adapters.vmf import VonMisesFisher
@@ -51,7 +53,7 @@ def gradients(loss: Callable[[], Tensor], inputs: list[Tensor]) -> Step:
 def posteriors(side: str, device: str, loss: str, B: int, S: int = 0, M: int = 0, d: int = 10) -> Step:
     """M = 0: rolled negatives. Concentrations 16 to 32, scaled with the dimension."""
     shapes = [(B,), (B,)] + ([(B, M)] if M else [])
-    mu = [torch.nn.functional.normalize(torch.randn(*s, d, device=device), dim=-1).requires_grad_() for s in shapes]
+    mu = [functional.normalize(torch.randn(*s, d, device=device), dim=-1).requires_grad_() for s in shapes]
     kappa = [((16 + 16 * torch.rand(s, device=device)) * d / 10).requires_grad_() for s in shapes]
     pairs = list(zip(mu, kappa, strict=True))
     if side == "plain":
@@ -86,6 +88,45 @@ def two_views(side: str, device: str, loss: str, N: int, D: int = 128, frozen: b
         ntxent = losses.NTXent(0.1)
         ours, theirs, inputs = (lambda: ntxent(*z)), (lambda: plain.ntxent(*z, 0.1)), z
     return gradients(ours if side == "ours" else theirs, inputs)
+
+
+def families(side: str, device: str, N: int, D: int, families: int) -> Step:
+    pairs = [tuple(torch.randn(N, D, device=device, requires_grad=True) for _ in range(2)) for _ in range(families)]
+    raw = torch.zeros(families, D, device=device, requires_grad=True)
+    made = losses.AnInfoNCEEnsemble(D, families).to(device)
+    z = [x for pair in pairs for x in pair]
+    if side == "ours":
+        return gradients(lambda: made(pairs), [*z, *made.parameters()])
+    return gradients(lambda: plain.aninfonce_ensemble(pairs, raw), [*z, raw])
+
+
+def gaussians(side: str, device: str, loss: str, N: int, K: int = 0, D: int = 128) -> Step:
+    """Means and raw deviations of anchors and positives; the negatives are rolled."""
+    x = [torch.randn(N, D, device=device, requires_grad=True) for _ in range(4)]
+    if loss == "mutual":
+        mutual = losses.MutualLikelihood()
+        return gradients(lambda: (mutual if side == "ours" else plain.mutual_likelihood)(*x), x)
+    hedged = losses.HedgedGaussian(0.1, 1.0, K, learnable=False)
+
+    def moments() -> list[Tensor]:
+        return [x[0], functional.softplus(x[1]), x[2], functional.softplus(x[3])]
+
+    def ours() -> Tensor:
+        m1, s1, m2, s2 = moments()
+        return hedged(Normal(m1, s1, validate_args=False), Normal(m2, s2, validate_args=False))
+
+    return gradients(ours if side == "ours" else lambda: plain.hedged_gaussian(moments(), K, 0.1, 1.0), x)
+
+
+def prediction(side: str, device: str, loss: str, N: int) -> Step:
+    u, target = torch.randn(N, device=device, requires_grad=True), torch.rand(N, device=device)
+    calls: dict[tuple[str, str], Callable[[], Tensor]] = {
+        ("ranking", "ours"): lambda: losses.LossRanking(0.1)(u, target),
+        ("ranking", "plain"): lambda: plain.loss_ranking(u, target, 0.1),
+        ("mse", "ours"): lambda: losses.LossMSE()(u, target),
+        ("mse", "plain"): lambda: plain.loss_mse(u, target),
+    }
+    return gradients(calls[loss, side], [u])
 
 
 def queue(side: str, device: str, N: int, K: int, D: int = 128) -> Step:
@@ -135,6 +176,11 @@ def cases() -> list[Case]:
         *(Case(f"uniformity N{n} D128", uniformity, {"N": n}) for n in (256, 1024)),
         *(Case(f"uniformity-rbf N{n} D128 P312", uniformity, {"N": n, "P": 312}) for n in (256, 1024)),
         Case("metric N256 D128", metric, {"N": 256}),
+        *(Case(f"gaussian N{n} K4 D128", gaussians, {"loss": "hedged", "N": n, "K": 4}) for n in (256, 1024)),
+        Case("mutual N1024 D128", gaussians, {"loss": "mutual", "N": 1024}),
+        Case("aninfonce-ensemble N1000 n10 families3", families, {"N": 1000, "D": 10, "families": 3}),
+        Case("ranking N1024", prediction, {"loss": "ranking", "N": 1024}),
+        Case("mse N1024", prediction, {"loss": "mse", "N": 1024}),
     ]
     hard = {"loss": "aninfonce", "N": 1000, "D": 10, "hard_negatives": 1.0}
     listed.append(Case("aninfonce-hard N1000 n10", two_views, hard, plain=False))

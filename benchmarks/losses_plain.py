@@ -134,6 +134,38 @@ def aninfonce(z1: Tensor, z2: Tensor, raw: Tensor) -> Tensor:
     return torch.cat([row.logsumexp(1) - row[:, 0] for row in rows]).mean()
 
 
+def aninfonce_ensemble(pairs: list[tuple[Tensor, Tensor]], raw: Tensor) -> Tensor:
+    """The sum over families; raw [families, D]."""
+    return torch.stack([aninfonce(*pair, one) for pair, one in zip(pairs, raw, strict=True)]).sum()
+
+
+def hedged_gaussian(moments: list[Tensor], S: int, scale: float, shift: float, weight: float = 1e-4) -> Tensor:
+    """Mean and deviation of anchors and positives [N, D], with rolled negatives: all differences of samples at once."""
+    m1, s1, m2, s2 = moments
+
+    def chance(mean: Tensor, std: Tensor) -> Tensor:
+        a, b = (m[:, None] + s[:, None] * torch.randn(len(m), S, m.shape[1]).to(m) for m, s in ((m1, s1), (mean, std)))
+        return torch.sigmoid(shift - scale * (a[:, :, None] - b[:, None]).norm(dim=-1)).mean((1, 2))
+
+    loss = -chance(m2, s2).log().mean() - (1.0 - chance(m2.roll(1, 0), s2.roll(1, 0))).log().mean()
+    kl = [0.5 * (m**2 + s**2 - 1.0 - 2.0 * s.log()).sum(-1).mean() for m, s in ((m1, s1), (m2, s2))]
+    return loss + weight * (kl[0] + kl[1])
+
+
+def mutual_likelihood(m1: Tensor, log1: Tensor, m2: Tensor, log2: Tensor) -> Tensor:
+    variance = log1.exp() + log2.exp()
+    return ((m1 - m2) ** 2 / variance + variance.log()).mean()
+
+
+def loss_ranking(u: Tensor, target: Tensor, margin: float) -> Tensor:
+    sign = torch.where(target[0::2] > target[1::2], 1.0, -1.0)
+    return torch.clamp(margin - sign * (u[0::2] - u[1::2]), min=0.0).mean()
+
+
+def loss_mse(u: Tensor, target: Tensor) -> Tensor:
+    return ((u - target) ** 2).mean()
+
+
 def decoupled_uniformity(views: Tensor, prior: Tensor | None, t: float = 2.0, sigma: float = 20.0) -> Tensor:
     """With an explicit inverse and pdist."""
     mean = functional.normalize(views, dim=-1).mean(1)
