@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import posthoc
@@ -16,6 +19,7 @@ from posthoc.adapters.errors import OptionError
 from posthoc.adapters.features import Features
 from posthoc.adapters.heads import FitData, MetricLaplaceHead, make_head
 from posthoc.adapters.training import TrainOptions
+from posthoc.cli import main
 from posthoc.eval import metrics, retrieval
 
 DIM, CLASSES, N = 16, 6, 600
@@ -180,6 +184,39 @@ def test_it_is_saved_loaded_compiled_and_exported(
     images.requires_grad_()
     (grad,) = torch.autograd.grad(model(images).uncertainty.sum(), images)
     assert grad.abs().max() > 0
+
+
+def test_a_folder_of_images_from_the_command_line(tmp_path: Path) -> None:
+    images, label = coloured()
+    for i, (image, c) in enumerate(zip(images, label, strict=True)):
+        place = tmp_path / "photos" / "rgb"[c]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).resize((64, 64)).save(place / f"{i}.png")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "w.safetensors")
+    shared = ["--checkpoint", str(tmp_path / "w.safetensors"), "--output"]
+    photos, adapter = str(tmp_path / "photos"), str(tmp_path / "adapter")
+    main(
+        [
+            "fit",
+            "test_vit",
+            photos,
+            "--head",
+            "metric-laplace",
+            *shared,
+            adapter,
+            "--epochs",
+            "2",
+            "--validation",
+            "0.3",
+        ]
+    )
+    tables = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for table in tables:
+        main(["predict", adapter, photos, *shared, str(table)])
+    assert tables[0].read_text() == tables[1].read_text()
+    assert len(tables[0].read_text().splitlines()) == 91
 
 
 @pytest.mark.parametrize(
