@@ -9,7 +9,7 @@ nodes in y serve every kappa from 0 to infinity.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -147,40 +147,50 @@ class CosineTable:
         scale = torch.exp(-0.5 * y)
         return value * scale, (dy - 0.5 * value) * scale * (2.0 / n) / torch.cosh(y)
 
+    def polynomials(self, kappa: Tensor, dtype: torch.dtype) -> Tensor:
+        """Coefficients [degree + 1, 2, ..., cells] of h and of dh/dkappa for kappa [...], for `evaluate`."""
+        return torch.stack(self.coefficients(kappa)).to(dtype).movedim(-1, 0).contiguous()
+
+    def evaluate(self, polynomials: Tensor, score: Tensor, mirrored: bool = False) -> tuple[Tensor, Tensor]:
+        """h and dh/dkappa [..., S] at normal scores [..., S]; if mirrored at those and their negatives, [..., 2 S]."""
+        if self.cells == 1:
+            h, slope = (_horner_mirrored if mirrored else horner)(polynomials.unbind(), score)
+        else:
+            score = torch.cat([score, -score], -1) if mirrored else score
+            place = (score.clamp(-REACH, REACH) + REACH) / self.width
+            cell = place.long().clamp(max=self.cells - 1)
+            chosen = [c.gather(-1, cell.expand(2, *cell.shape)) for c in polynomials]
+            h, slope = horner(chosen, 2.0 * (place - cell) - 1.0)
+        return h.clamp_(0.0, HIGHEST), slope
+
     def half_chord(self, kappa: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         """h and dh/dkappa [..., S] for kappa [...] and normal scores [..., S], in the dtype of the scores."""
         flat, scores = kappa.reshape(-1), score.reshape(-1, score.shape[-1])
-        parts = [self._look_up(flat[i : i + CHUNK], scores[i : i + CHUNK]) for i in range(0, max(1, len(flat)), CHUNK)]
-        h, slope = (torch.cat(p).reshape(score.shape) for p in zip(*parts, strict=True))
-        return h, slope
-
-    def _look_up(self, kappa: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = (c.to(score.dtype) for c in self.coefficients(kappa))
-        if self.cells == 1:
-            h, dh = horner(value.squeeze(-2), score), horner(slope.squeeze(-2), score)
-        else:
-            place = (score.clamp(-REACH, REACH) + REACH) / self.width
-            cell = place.long().clamp(max=self.cells - 1)
-            x = 2.0 * (place - cell) - 1.0
-            h, dh = _horner_in_cells(value, cell, x), _horner_in_cells(slope, cell, x)
-        return h.clamp_(0.0, HIGHEST), dh
+        h, slope = torch.empty_like(scores), torch.empty_like(scores)
+        for start in range(0, len(flat), CHUNK):
+            part = slice(start, start + CHUNK)
+            h[part], slope[part] = self.evaluate(self.polynomials(flat[part], score.dtype), scores[part])
+        return h.reshape(score.shape), slope.reshape(score.shape)
 
 
-def horner(coefficients: Tensor, x: Tensor) -> Tensor:
-    """Polynomials [..., degree + 1] at x [..., S], without a copy for each degree."""
-    c = coefficients.unsqueeze(-2)
-    total = torch.addcmul(c[..., -2], c[..., -1], x)
-    for p in range(c.shape[-1] - 3, -1, -1):
-        torch.addcmul(c[..., p], total, x, out=total)
+def horner(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The polynomial whose coefficients, lowest first and two or more, broadcast with x."""
+    *rest, second, first = coefficients
+    total = torch.addcmul(second, first, x)
+    for c in reversed(rest):
+        torch.addcmul(c, total, x, out=total)
     return total
 
 
-def _horner_in_cells(coefficients: Tensor, cell: Tensor, x: Tensor) -> Tensor:
-    """Polynomials [..., cells, degree + 1] at x [..., S], each in its cell [..., S]."""
-    total = coefficients[..., -1].gather(-1, cell)
-    for p in range(coefficients.shape[-1] - 2, -1, -1):
-        torch.addcmul(coefficients[..., p].gather(-1, cell), total, x, out=total)
-    return total
+def _horner_mirrored(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The same at x [..., S] and at -x, [..., 2 S], which even and odd powers part: two for little more than one."""
+    square = x * x
+    even, odd = horner(coefficients[::2], square), horner(coefficients[1::2], square)
+    half = x.shape[-1]
+    both = x.new_empty(*even.shape[:-1], 2 * half)
+    torch.addcmul(even, odd, x, out=both[..., :half])
+    torch.addcmul(even, odd, x, value=-1.0, out=both[..., half:])
+    return both
 
 
 def fit_scores(function: Callable[[Tensor], Tensor], powers: range) -> list[float]:

@@ -33,68 +33,103 @@ class Gradients(NamedTuple):
 
 
 class Sampled(Protocol):
-    """Sampled cosines [R, J, S], and the way back from a loss's gradient for them."""
+    """Sampled cosines [R, J, S], and the way back from a loss's gradient for them, once."""
 
     cosine: Tensor
 
     def pull_back(self, grad: Tensor) -> Gradients: ...
 
 
-def sample_cosines(anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor, draws: Draws) -> Sampled:
-    """Cosines of S samples of R anchors with one sample each of J columns.
+class Columns(Protocol):
+    """What cosines of rows of anchors with their columns are sampled from; all that needs no random number is ready."""
+
+    def sample(self, part: slice) -> Sampled: ...
+
+
+def prepare(anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor, draws: Draws) -> Columns:
+    """For cosines of S samples of R anchors with one sample each of J columns.
 
     Directions of length 1, [R, d] and [R, J, d], d >= 2; concentrations [R] and [R, J] in [0, infinity].
     """
-    return (_OnCircle if mu.shape[-1] == 2 else _OnSphere)(anchor_mu, anchor_kappa, mu, kappa, draws)
+    return (_Circle if mu.shape[-1] == 2 else _Sphere)(anchor_mu, anchor_kappa, mu, kappa, draws)
+
+
+class _Chords:
+    """Half chords h of the angles of samples from their means, for anchors of kappa [R] and columns of kappa [R, J]."""
+
+    def __init__(self, anchor_kappa: Tensor, kappa: Tensor, dim: int, draws: Draws) -> None:
+        self.draws, self.table = draws, cosine_table(dim, kappa.device)
+        self.polynomials = self.table.polynomials(torch.cat([anchor_kappa[:, None], kappa], 1), draws.like.dtype)
+
+    def sample(self, part: slice) -> tuple[_Chord, _Chord]:
+        """Those of anchors [rows, 1, S] and of columns [rows, J, S]."""
+        at = self.polynomials[:, :, part]
+        both = self.table.evaluate(at, self.draws.normal(*at.shape[2:-1]), self.draws.antithetic)
+        h, slope = (x[..., : self.draws.samples] for x in both)
+        return _Chord(h[:, :1], slope[:, :1]), _Chord(h[:, 1:], slope[:, 1:])
+
+
+class _Sphere:
+    def __init__(self, anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor, draws: Draws) -> None:
+        self.draws = draws
+        self.frame = _frame(anchor_mu, mu)
+        self.chords = _Chords(anchor_kappa, kappa, mu.shape[-1], draws)
+        self.coordinate = _Coordinate(mu.shape[-1], draws)
+
+    def sample(self, part: slice) -> Sampled:
+        frame = self.frame.rows(part)
+        v = self.draws.paired(frame.direction(self.draws))
+        anchor, column = self.chords.sample(part)
+        t = self.draws.paired(self.coordinate.twice(*frame.columns.shape[:2]))
+        return _OnSphere(frame, anchor, v, column, t)
 
 
 class _OnSphere:
-    def __init__(self, anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor, draws: Draws) -> None:
-        rows, columns, dim = mu.shape
-        table = cosine_table(dim, mu.device)
-        self.frame = _frame(anchor_mu, mu)
-        h, self.anchor_slope = table.half_chord(anchor_kappa, draws.normal(rows, draws.samples))
-        self.anchor = _Chord(h)
-        self.anchor_s = 2.0 * self.anchor.half_s
-        self.v = draws.paired(lambda n: self.frame.direction(n, draws))
-        self.z = self.anchor.w[:, None] * self.frame.own[:, :, None] + self.anchor_s[:, None] * self.v
-        self.a = torch.bmm(self.frame.columns, self.z)
-        floor = 1e-12 if mu.dtype == torch.float64 else 1e-6  # a * a is not known better
-        self.u = torch.addcmul(self.a.new_ones(()), self.a, self.a, value=-1.0).clamp_(min=floor).sqrt_()
-        h, self.slope = table.half_chord(kappa, draws.normal(rows, columns, draws.samples))
-        self.column = _Chord(h)
-        self.t = draws.paired(lambda n: _twice_coordinate((rows, columns, n), dim, draws))
-        self.st = self.column.half_s * self.t
-        self.cosine = (self.column.w * self.a).addcmul_(self.st, self.u)
+    def __init__(self, frame: _Frame, anchor: _Chord, v: Tensor, column: _Chord, t: Tensor) -> None:
+        self.frame, self.anchor, self.v, self.column = frame, anchor, v, column
+        self.anchor_s = 2.0 * anchor.half_s
+        self.z = (anchor.w * frame.own[:, :, None]).addcmul_(self.anchor_s, v)
+        self.a = torch.bmm(frame.columns, self.z)
+        floor = 1e-12 if v.dtype == torch.float64 else 1e-6  # a * a is not known better
+        self.u2 = torch.addcmul(v.new_ones(()), self.a, self.a, value=-1.0).clamp_(min=floor)
+        self.tu = t.mul_(self.u2.sqrt())
+        self.stu = column.half_s * self.tu
+        self.cosine = torch.addcmul(self.stu, column.w, self.a)
 
     def pull_back(self, grad: Tensor) -> Gradients:
-        by_a = torch.addcdiv(self.column.w, self.st.mul_(self.a), self.u, value=-1.0).mul_(grad)
+        by_a = torch.addcdiv(self.column.w, self.stu.mul_(self.a), self.u2, value=-1.0).mul_(grad)
         by_z = torch.bmm(self.frame.columns.transpose(1, 2), by_a)
-        by_w = (by_z * self.frame.own[:, :, None]).sum(1)
-        by_s = (by_z * self.v).sum(1)
-        turned = by_z.mul_(self.anchor.w[:, None]).sub_(self.v * (self.anchor_s * by_w)[:, None])
-        by_h = self.column.pull_back(self.a.mul_(grad), self.t.mul_(self.u).mul_(grad))
+        by_w = torch.bmm(self.frame.own[:, None], by_z)
+        by_half_s = (by_z * self.v).sum(1, keepdim=True).mul_(2.0)
+        turned = by_z.mul_(self.anchor.w).addcmul_(self.v, self.anchor_s * by_w, value=-1.0)
         return Gradients(
             self.frame.embed(turned.sum(-1)[:, None])[:, 0],
-            (self.anchor.pull_back(by_w, 2.0 * by_s) * self.anchor_slope).sum(-1),
+            self.anchor.by_kappa(by_w, by_half_s).sum(-1)[:, 0],
             self.frame.embed(torch.bmm(by_a, self.z.transpose(1, 2))),
-            by_h.mul_(self.slope).sum(-1),
+            self.column.by_kappa(self.a, self.tu).mul_(grad).sum(-1),
         )
 
 
 class _Chord:
     """Cosine w and half the sine s of the angle whose half chord is h."""
 
-    def __init__(self, h: Tensor) -> None:
+    def __init__(self, h: Tensor, slope: Tensor) -> None:
         one = h.new_ones(())
-        self.h = h
+        self.h, self.slope = h, slope
         self.w = torch.addcmul(one, h, h, value=-2.0)
         self.root = torch.addcmul(one, h, h, value=-1.0).sqrt_()
         self.half_s = h * self.root
 
-    def pull_back(self, by_w: Tensor, by_half_s: Tensor) -> Tensor:
-        """The gradient for h, from those for w and s / 2; the second is overwritten."""
-        return by_half_s.mul_(self.w).div_(self.root).addcmul_(by_w, self.h, value=-4.0)
+    def by_kappa(self, by_w: Tensor, by_half_s: Tensor) -> Tensor:
+        """The samples' gradients for kappa, from those for w and s / 2, the latter of which are overwritten."""
+        return by_half_s.mul_(self.w).div_(self.root).addcmul_(by_w, self.h, value=-4.0).mul_(self.slope)
+
+    def angle(self) -> Tensor:
+        return 2.0 * torch.asin(self.h)
+
+    def angle_slope(self) -> Tensor:
+        """Derivative of the angle for kappa."""
+        return 2.0 * self.slope / self.root
 
 
 class _Frame(NamedTuple):
@@ -108,17 +143,20 @@ class _Frame(NamedTuple):
     rest: int  # dimensions outside the span
     basis: tuple[Tensor, Tensor, Tensor] | None = None  # factor [R, J, J], what it spans [R, J, d], anchors [R, d]
 
-    def direction(self, samples: int, draws: Draws) -> Tensor:
-        """Uniform directions [R, K, S] orthogonal to the anchors' means (their part in the span)."""
-        rows, coordinates = self.own.shape
+    def rows(self, part: slice) -> _Frame:
+        basis = None if self.basis is None else (self.basis[0][part], self.basis[1][part], self.basis[2][part])
+        return _Frame(self.own[part], self.columns[part], self.rest, basis)
+
+    def direction(self, draws: Draws) -> Tensor:
+        """Uniform directions [R, K, drawn] orthogonal to the anchors' means (their part in the span)."""
+        g = draws.normal(*self.own.shape)
         if self.basis is None:
-            g = draws.normal(rows, coordinates, samples)
-            g = g - (g * self.own[:, :, None]).sum(1, keepdim=True) * self.own[:, :, None]
+            own = self.own[:, :, None]
+            g.addcmul_((g * own).sum(1, keepdim=True), own, value=-1.0)
             return g.div_(g.square().sum(1, keepdim=True).sqrt_())
-        g = draws.normal(rows, coordinates, samples)
         rest = _length(self.rest, g[:, 0])
         g[:, 0] = 0.0
-        return g.div_((g.square().sum(1) + rest.square()).sqrt_()[:, None])
+        return g.div_(g.square().sum(1).addcmul_(rest, rest).sqrt_()[:, None])
 
     def embed(self, x: Tensor) -> Tensor:
         """Vectors [R, n, K] in these coordinates to [R, n, d]."""
@@ -144,31 +182,38 @@ def _frame(anchor: Tensor, mu: Tensor) -> _Frame:
     return _Frame(unit, torch.cat([along, factor], -1).to(mu), rest, (factor, spanned, anchor))
 
 
+class _Circle:
+    def __init__(self, anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor, draws: Draws) -> None:
+        self.anchor_mu, self.mu, self.draws = anchor_mu[:, None], mu, draws
+        self.chords = _Chords(anchor_kappa, kappa, 2, draws)
+
+    def sample(self, part: slice) -> Sampled:
+        rows, columns, _ = self.mu[part].shape
+        sign = self.draws.paired(self.draws.normal(rows, 1 + columns).sign_())
+        anchor, column = self.chords.sample(part)
+        return _OnCircle(self.anchor_mu[part], anchor, sign[:, :1], self.mu[part], column, sign[:, 1:])
+
+
 class _OnCircle:
     """In the plane a sample is an angle, and the cosine that of a sum of angles."""
 
-    def __init__(self, anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor, draws: Draws) -> None:
-        rows, columns, _ = mu.shape
-        table = cosine_table(2, mu.device)
-        h, self.anchor_slope = table.half_chord(anchor_kappa, draws.normal(rows, draws.samples))
-        self.anchor_sign = draws.paired(lambda n: draws.normal(rows, n).sign())
-        self.anchor_h = h
-        turn = 2.0 * self.anchor_sign * torch.asin(h)
-        h, self.slope = table.half_chord(kappa, draws.normal(rows, columns, draws.samples))
-        self.sign, self.h = draws.paired(lambda n: draws.normal(rows, columns, n).sign()), h
+    def __init__(
+        self, anchor_mu: Tensor, anchor: _Chord, anchor_sign: Tensor, mu: Tensor, column: _Chord, sign: Tensor
+    ) -> None:
         self.anchor_normal, self.normal = _quarter_turn(anchor_mu), _quarter_turn(mu)
-        between = torch.atan2((mu * self.anchor_normal[:, None]).sum(-1), (mu * anchor_mu[:, None]).sum(-1))
-        angle = between[..., None] + 2.0 * self.sign * torch.asin(h) - turn[:, None]
+        self.turned_by_kappa, self.by_kappa = anchor_sign * anchor.angle_slope(), sign * column.angle_slope()
+        between = torch.atan2((mu * self.anchor_normal).sum(-1), (mu * anchor_mu).sum(-1))
+        angle = between[..., None] + sign * column.angle() - anchor_sign * anchor.angle()
         self.cosine, self.sine = torch.cos(angle), torch.sin(angle)
 
     def pull_back(self, grad: Tensor) -> Gradients:
         by_angle = -grad * self.sine
-        by_between = by_angle.sum(-1, keepdim=True)
+        by_turn = -by_angle.sum(1, keepdim=True)
         return Gradients(
-            -by_between.sum(1) * self.anchor_normal,
-            (-by_angle.sum(1) * self.anchor_sign * _angle_slope(self.anchor_h, self.anchor_slope)).sum(-1),
-            by_between * self.normal,
-            (by_angle * self.sign * _angle_slope(self.h, self.slope)).sum(-1),
+            by_turn.sum(-1) * self.anchor_normal[:, 0],
+            (by_turn * self.turned_by_kappa).sum(-1)[:, 0],
+            by_angle.sum(-1, keepdim=True) * self.normal,
+            (by_angle * self.by_kappa).sum(-1),
         )
 
 
@@ -176,18 +221,20 @@ def _quarter_turn(mu: Tensor) -> Tensor:
     return torch.stack([-mu[..., 1], mu[..., 0]], -1)
 
 
-def _angle_slope(h: Tensor, slope: Tensor) -> Tensor:
-    """Derivative of the angle 2 asin(h) from that of h."""
-    return 2.0 * slope / (1.0 - h * h).sqrt()
+class _Coordinate:
+    """One coordinate of uniform points on the sphere S^(dim-2), dim >= 3."""
 
+    def __init__(self, dim: int, draws: Draws) -> None:
+        self.dim, self.draws = dim, draws
+        self.odd = [] if dim < SMOOTH_DIM else draws.like.new_tensor(_coordinate_fit(dim)).unbind()
 
-def _twice_coordinate(shape: tuple[int, ...], dim: int, draws: Draws) -> Tensor:
-    """Twice one coordinate of uniform points on the sphere S^(dim-2), dim >= 3."""
-    if dim < SMOOTH_DIM:  # the first of a uniform point's two coordinates in a plane, in polar form
-        t = torch.cos(2.0 * math.pi * draws.uniform(*shape)).mul_(2.0)
-        return t if dim == 3 else t * (1.0 - draws.uniform(*shape) ** (2.0 / (dim - 3))).sqrt_()
-    x = draws.normal(*shape)
-    return horner(x.new_tensor(_coordinate_fit(dim)), x * x).mul_(x)
+    def twice(self, *shape: int) -> Tensor:
+        """Two times that [*shape, drawn]."""
+        if self.dim < SMOOTH_DIM:  # the first of a uniform point's two coordinates in a plane, in polar form
+            t = torch.cos(2.0 * math.pi * self.draws.uniform(*shape)).mul_(2.0)
+            return t if self.dim == 3 else t * (1.0 - self.draws.uniform(*shape) ** (2.0 / (self.dim - 3))).sqrt_()
+        x = self.draws.normal(*shape)
+        return horner(self.odd, x * x).mul_(x)
 
 
 @lru_cache(maxsize=64)
@@ -202,7 +249,7 @@ def _coordinate_fit(dim: int) -> list[float]:
 
 def _length(dim: int, score: Tensor) -> Tensor:
     """Lengths of standard normal vectors of `dim` dimensions, at normal scores of any shape."""
-    return horner(score.new_tensor(_length_fit(dim)), score.reshape(-1)).reshape(score.shape)
+    return horner(score.new_tensor(_length_fit(dim)).unbind(), score)
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -14,27 +13,33 @@ from ..vmf import standard_normal
 
 
 class Draws:
-    """Random numbers from a generator, whatever its device; `antithetic` pairs samples of opposite directions."""
+    """Random numbers from a generator, whatever its device, for samples that may come in opposite pairs.
+
+    Where `antithetic`, half as many are drawn as there are samples, in two quarters (a, b). Scores of quantiles stand for
+    samples (a, b, -a, -b), directions for (a, -a, b, -b): no two samples are opposite in both, so that what is even in
+    one of them still averages out. Each sample alone is as random as ever.
+    """
 
     def __init__(self, like: Tensor, samples: int, antithetic: bool, generator: torch.Generator | None) -> None:
         self.like, self.samples, self.antithetic, self.generator = like, samples, antithetic, generator
+        self.drawn = 2 * math.ceil(samples / 4) if antithetic else samples
 
     def restart(self) -> None:
         """To be called before each block of rows."""
 
     def normal(self, *shape: int) -> Tensor:
-        return standard_normal(shape, self.like, self.generator)
+        """Normal scores [*shape, drawn]."""
+        return standard_normal((*shape, self.drawn), self.like, self.generator)
 
     def uniform(self, *shape: int) -> Tensor:
-        device = self.like.device if self.generator is None else self.generator.device
-        return torch.rand(shape, dtype=self.like.dtype, device=device, generator=self.generator).to(self.like.device)
+        return _standard_uniform((*shape, self.drawn), self.like, self.generator)
 
-    def paired(self, draw: Callable[[int], Tensor]) -> Tensor:
-        """What `draw` gives for a number of samples, the second half of them the first's negatives if antithetic."""
+    def paired(self, directions: Tensor) -> Tensor:
+        """Those of all samples [..., S], from those drawn."""
         if not self.antithetic:
-            return draw(self.samples)
-        half = draw((self.samples + 1) // 2)
-        return torch.cat([half, -half], -1)[..., : self.samples]
+            return directions
+        quarters = directions.unflatten(-1, (2, 1, -1))
+        return torch.cat([quarters, -quarters], -2).flatten(-3)[..., : self.samples]
 
 
 class SobolDraws(Draws):
@@ -58,13 +63,13 @@ class SobolDraws(Draws):
 
     def uniform(self, *shape: int) -> Tensor:
         """Numbers of shape [rows, ..., samples]; independent ones where more are asked for than Sobol points have."""
-        each = math.prod(shape[1:-1])
+        each = math.prod(shape[1:])
         first, self.used = self.used, self.used + each
         if self.used > self.numbers:
             return super().uniform(*shape)
-        shift = super().uniform(shape[0], each, 1)
-        points = _sobol_points(self.numbers, shape[-1])[first : self.used].to(shift)
-        return torch.add(shift, points).frac_().reshape(shape)
+        points = _sobol_points(self.numbers, self.samples)[first : self.used].to(self.like)
+        shift = _standard_uniform((shape[0], each, 1), self.like, self.generator)
+        return torch.add(shift, points).frac_().reshape(*shape, self.samples)
 
 
 @lru_cache(maxsize=8)
@@ -72,3 +77,8 @@ def _sobol_points(numbers: int, samples: int) -> Tensor:
     """Scrambled Sobol points [numbers, samples] in float64."""
     with torch.inference_mode(False):
         return SobolEngine(numbers, scramble=True, seed=0).draw(samples, dtype=torch.float64).T.contiguous()
+
+
+def _standard_uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.rand(shape, dtype=like.dtype, device=device, generator=generator).to(like.device)

@@ -25,8 +25,9 @@ class MCInfoNCE(nn.Module):
         concentration: tau > 0, the inverse temperature; another quantity than the posteriors' kappa.
         n_samples: Monte-Carlo samples for each posterior.
         learnable: whether tau is a parameter (through its logarithm).
-        antithetic: whether samples come in pairs of opposite directions. This lowers the variance of loss and gradients
-            (by 1.1 to 3 times), and the bias in n_samples with it, so at few samples the mean is not the paper's.
+        antithetic: whether samples come in pairs of opposite directions, and in other pairs of opposite quantiles. This
+            lowers the variance of the loss (by 1.3 to 3.6 times) and of gradients (by 1.05 to 2.2), and the bias in
+            n_samples with it, so at few samples the mean is not the paper's.
         sobol: whether samples come from randomly shifted Sobol points instead. At 256 samples the variances of loss and
             gradients fall by 3 to 4 times at d = 10 and by 14 to 17 at d = 64 from independent samples (opposite pairs:
             1.3 to 3 and 2.4 to 4.6), for 1.8 times the time. A power of two of them, 64 or more.
@@ -87,15 +88,14 @@ def _rows(cosine: Tensor, tau: Tensor, positives: int = 1) -> tuple[Tensor, Tens
     """
     close, far = cosine[:, :positives], cosine[:, positives:]
     grad = torch.empty_like(cosine)
-    share = torch.mul(far, tau, out=grad[:, positives:])
-    top = share.amax(1, keepdim=True)
-    mass = share.sub_(top).exp_().sum(1, keepdim=True)
-    share.div_(mass)
+    top = far.amax(1, keepdim=True).mul_(tau)
+    share = torch.addcmul(-top, far, tau, out=grad[:, positives:]).exp_()
+    mass = share.sum(1, keepdim=True)
     odds = (close * tau - (top + mass.log()) + math.log(far.shape[1])).flatten(1)
     log = functional.logsigmoid(odds)
     loss = math.log(odds.shape[1]) - log.logsumexp(-1)
-    weight = (torch.softmax(log, -1) * torch.sigmoid(-odds)).reshape(close.shape)
-    by_tau = (weight * ((share * far).sum(1, keepdim=True) - close)).sum()
-    torch.mul(weight, -tau, out=grad[:, :positives])
-    share.mul_(weight.sum(1, keepdim=True) * tau)
+    weight = (torch.softmax(log, -1) * torch.sigmoid(-odds)).mul_(tau).reshape(close.shape)
+    torch.neg(weight, out=grad[:, :positives])
+    share.mul_(weight.sum(1, keepdim=True).div_(mass))
+    by_tau = torch.dot(grad.flatten(), cosine.flatten()) / tau  # the loss is a function of tau times the cosines
     return loss.sum(), grad, by_tau

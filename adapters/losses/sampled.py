@@ -12,12 +12,15 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import OptionError
 from ..vmf import VonMisesFisher
-from .cosines import sample_cosines
+from .cosines import prepare
 from .draws import Draws, SobolDraws
 from .paper_sampler import paper_cosines
 from .posteriors import check_posteriors, columns
 
-CHUNK, CHUNK_GPU = 1 << 18, 1 << 22  # elements of a block of rows: what a cache holds, what fills a GPU
+# Elements of a block of rows: what a cache holds and a call of an operation is worth, and what fills a GPU. On the CPU
+# larger blocks, 1 MB a tensor, are returned to the system and fetched again each time.
+CHUNK, CHUNK_GPU = 1 << 17, 1 << 22
+PREPARED = 1 << 11  # columns of at most 128 dimensions whose tables and frames are looked up at once
 
 # Rows take cosines [R, J, S] (the positives first) and parameters (scalars), and give the summed loss of the rows, its
 # gradient for the cosines, and those for the parameters.
@@ -77,23 +80,24 @@ class _SampledLoss(torch.autograd.Function):
         kappa: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        inputs = (anchor_mu, anchor_kappa, mu, kappa)
         needed = recorded and any(ctx.needs_input_grad)
-        grads = [torch.empty_like(x) for x in inputs] if needed else []
+        grads = [torch.empty_like(x) for x in (anchor_mu, anchor_kappa, mu, kappa)] if needed else []
         by_parameters = [torch.zeros_like(p) for p in parameters]
         total = mu.new_zeros(())
-        count, others, dim = mu.shape
-        limit = CHUNK if mu.device.type == "cpu" else CHUNK_GPU
-        block = max(1, limit // max(others * sampling.samples, others * dim))
+        count, others = mu.shape[:2]
         draws = (
             SobolDraws(mu, sampling.samples, others, generator)
             if sampling.sobol
             else Draws(mu, sampling.samples, sampling.antithetic, generator)
         )
+        group, block = _sizes(mu, sampling.samples)
         for start in range(0, count, block):
-            part = slice(start, start + block)
+            if start % group == 0:
+                ready = slice(start, start + group)
+                columns = prepare(anchor_mu[ready], anchor_kappa[ready], mu[ready], kappa[ready], draws)
             draws.restart()
-            sampled = sample_cosines(inputs[0][part], inputs[1][part], inputs[2][part], inputs[3][part], draws)
+            part, first = slice(start, start + block), start % group
+            sampled = columns.sample(slice(first, first + block))
             value, grad, *slopes = rows(sampled.cosine, *parameters)
             total += value
             if needed:
@@ -108,6 +112,15 @@ class _SampledLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, None, *(grads[0] * g for g in ctx.saved_tensors)
+
+
+def _sizes(mu: Tensor, samples: int) -> tuple[int, int]:
+    """Rows that are prepared at once, and rows of a block, for columns [B, J, d]."""
+    _, others, dim = mu.shape
+    limit = CHUNK if mu.device.type == "cpu" else CHUNK_GPU
+    block = max(1, limit // (others * max(samples, dim)))
+    prepared = PREPARED * 128 // (others * max(dim, 128))
+    return max(1, prepared // block) * block, block
 
 
 class _GivenLoss(torch.autograd.Function):

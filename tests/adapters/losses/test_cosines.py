@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional
 
-from posthoc.adapters.losses.cosines import Draws, sample_cosines
+from posthoc.adapters.losses.cosines import Draws, prepare
 from posthoc.adapters.vmf import VonMisesFisher
 from posthoc.adapters.vmf_table import cosine_table, solve_quantile
 
@@ -28,7 +28,7 @@ def _two_columns(dim: int, generator: torch.Generator, cosine: float = 0.3) -> t
 def _sample(mu: Tensor, kappa: float, columns: Tensor, kappas: float, generator: torch.Generator) -> np.ndarray:
     draws = Draws(columns, SAMPLES, False, generator)
     k = columns.new_tensor([kappa]), columns.new_full((1, columns.shape[1]), kappas)
-    return sample_cosines(mu, k[0], columns, k[1], draws).cosine[0].numpy()
+    return prepare(mu, k[0], columns, k[1], draws).sample(slice(None)).cosine[0].numpy()
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -78,3 +78,29 @@ def test_table_of_half_chords_against_the_exact_quantile(dim: int) -> None:
     scale = torch.exp(1.5 * y) * dim
     error = (((slope - exact.slope) * scale).square() * weight).sum(1)
     assert (error / ((exact.slope * scale).square() * weight).sum(1)).sqrt().max() < 5e-4
+
+
+@pytest.mark.parametrize("dim", [2, 6, 8, 10, 64])
+def test_mirrored_scores_are_scores_like_any(dim: int, generator: torch.Generator) -> None:
+    table = cosine_table(dim, torch.device("cpu"))
+    at = table.polynomials(torch.tensor([[0.0, 3.0, 1e3], [50.0, 1e8, math.inf]]), torch.float64)
+    score = torch.randn(2, 3, 50, generator=generator, dtype=torch.float64)
+    mirrored = table.evaluate(at, score, mirrored=True)
+    for one, other in zip(mirrored, table.evaluate(at, torch.cat([score, -score], -1)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 4, 5, 6, 12])
+def test_opposite_pairs(samples: int) -> None:
+    """Directions and scores are opposite in pairs of samples, never both in one pair where there are four or more."""
+    draws = Draws(torch.zeros(()), samples, True, torch.Generator().manual_seed(0))
+    direction, drawn = draws.paired(draws.normal(3)), draws.normal(3)
+    score = torch.cat([drawn, -drawn], -1)[:, :samples]
+    assert direction.shape == (3, samples)
+    for x in (direction, score):
+        assert x.abs().unique().numel() <= 3 * draws.drawn
+    both = (direction[:, :, None] == -direction[:, None]) & (score[:, :, None] == -score[:, None])
+    assert samples == 2 or not both.any()
+    if samples % 4 == 0:
+        for x in (direction, score):
+            assert torch.equal((x[:, :, None] == -x[:, None]).sum(-1), torch.ones(3, samples))

@@ -296,7 +296,7 @@ def test_extra_draws_of_the_positive(dim: int) -> None:
 def test_extra_draws_of_the_positive_lower_noise_and_bias() -> None:
     inputs = make_inputs(10, 5, kappa=(0.5, 3.0))
     one, several = (
-        measure(MCInfoNCE(8.0, 6, antithetic=False, positive_draws=draws), inputs, copies=40, calls=15)
+        measure(MCInfoNCE(8.0, 6, antithetic=False, positive_draws=draws), inputs, copies=40, calls=60)
         for draws in (1, 4)
     )
     assert several["loss"].error < 0.9 * one["loss"].error
