@@ -108,6 +108,8 @@ class Deterministic(nn.Module):
 class MCDropout(nn.Module):
     """Dropout before the last layer, in training and when asked; the masks are drawn once. Gal & Ghahramani 2016."""
 
+    masks: Tensor
+
     def __init__(self, rate: float = 0.1, samples: int = 32) -> None:
         super().__init__()
         self.rate, self.samples = rate, samples
@@ -138,6 +140,8 @@ class DeepEnsemble(nn.Module):
     first by the orthogonal Procrustes rotation of the fitting rows. Members start at random: from the principal
     directions they would share a frame from the beginning.
     """
+
+    rotations: Tensor
 
     def __init__(self, members: int = 5, align: bool = True) -> None:
         super().__init__()
@@ -187,6 +191,9 @@ class _RandomStart(EmbeddingData):
 class _Gaussian(nn.Module):
     """A Gaussian about the unit embedding, with a variance of its own for each dimension and image."""
 
+    network: nn.Module
+    variance: nn.Module
+
     def __init__(self, samples: int = 32, width: int = 64) -> None:
         super().__init__()
         self.samples, self.width = samples, width
@@ -194,11 +201,10 @@ class _Gaussian(nn.Module):
     def _variances(self, data: EmbeddingData) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(data.options.seed)
-            self.variance = nn.Sequential(
-                nn.Linear(data.inputs.shape[1], self.width), nn.ReLU(), nn.Linear(self.width, data.dim)
-            )
-        nn.init.zeros_(self.variance[-1].weight)
-        nn.init.constant_(self.variance[-1].bias, -5.0)  # a length of unit order has a variance of 1 / D a dimension
+            last = nn.Linear(self.width, data.dim)
+            self.variance = nn.Sequential(nn.Linear(data.inputs.shape[1], self.width), nn.ReLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, -5.0)  # a length of unit order has a variance of 1 / D a dimension
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean, of length 1, and log variance [B, D]."""
@@ -266,6 +272,8 @@ class _PairStep(nn.Module):
 
 class Laplace(nn.Module):
     """The metric posterior over the last layer, post-hoc (`MetricPosterior`), its prior chosen by held-out retrieval."""
+
+    noise: Tensor
 
     def __init__(self, samples: int = 32, network: nn.Sequential | None = None, **options: Any) -> None:
         """`network`: trained already; `options` go to `MetricPosterior`."""
