@@ -1,4 +1,8 @@
-"""Prior precision and likelihood temperature of a last-layer posterior with the least loss on rows it was not fitted on."""
+"""Prior precision and likelihood temperature of a last-layer posterior with the least loss on rows it was not fitted on.
+
+A variance is a sum of terms 1 / (l + tau) over curvatures l, so those of a whole grid of precisions tau are linear
+combinations of those at a few of them: these are computed, the others combined from them.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,14 @@ import torch
 from torch import Tensor
 
 from .errors import DataError, OptionError
-from .laplace_rows import Rows, check_targets, chunks, loss_sum
+from .laplace_rows import Rows, check_targets, chunks
 from .predictive import PROBIT
 
 if TYPE_CHECKING:
     from .laplace import LastLayerPosterior
+
+BLOCK = 1 << 14  # outputs looked at together, for every precision: what a cache holds
+SPACING = 0.25  # decades between computed precisions: combined variances are right to 5e-5 of themselves, losses to some 1e-6
 
 
 def best_on_held_out(
@@ -26,60 +33,86 @@ def best_on_held_out(
     grid: Tensor | None,
     temperatures: Tensor | None,
 ) -> tuple[float, float]:
-    """The precision of `grid` and the temperature of `temperatures` with the least mean loss; warns at the grid's ends.
-
-    Variances are computed in float32, losses summed in float64; inputs are projected once for the whole grid.
-    """
+    """The precision of `grid` and the temperature of `temperatures` with the least mean loss; warns at the grid's ends."""
     grid = torch.logspace(-4, 4, 100, dtype=torch.float64) if grid is None else torch.as_tensor(grid).double()
     fixed = torch.tensor([posterior.temperature], dtype=torch.float64)
     temperatures = fixed if temperatures is None else torch.as_tensor(temperatures).double()
     for name, values in (("grid", grid), ("temperatures", temperatures)):
         if values.ndim != 1 or len(values) == 0 or not bool(((values > 0) & torch.isfinite(values)).all()):
             raise OptionError(f"{name}={values.tolist()} was given; expected a list of positive numbers")
-    losses = held_out_losses(posterior, penultimate, labels, grid, temperatures)
-    best = int(losses.argmin())
-    row, column = divmod(best, len(temperatures))
-    if len(grid) > 2 and (float(grid[row]) in (float(grid.min()), float(grid.max()))):
+    pairs = torch.cartesian_prod(grid, temperatures).view(-1, 2)
+    tau, temperature = pairs[int(held_out_losses(posterior, penultimate, labels, pairs).argmin())].tolist()
+    if len(grid) > 2 and tau in (float(grid.min()), float(grid.max())):
         warnings.warn(
-            f"the best prior precision on the held-out rows, {float(grid[row]):.1e}, is at the end of the grid: give a "
-            "wider grid=",
+            f"the best prior precision on the held-out rows, {tau:.1e}, is at the end of the grid: give a wider grid=",
             UserWarning,
             stacklevel=3,
         )
-    return float(grid[row]), float(temperatures[column])
+    return tau, temperature
 
 
 def held_out_losses(
-    posterior: LastLayerPosterior, penultimate: Rows, labels: np.ndarray | Tensor, grid: Tensor, temperatures: Tensor
+    posterior: LastLayerPosterior, penultimate: Rows, labels: np.ndarray | Tensor, pairs: Tensor
 ) -> Tensor:
-    """[G, T] mean negative log predictive density in nats, for every scalar prior and temperature."""
+    """[E] mean negative log predictive density in nats (probit, or Gaussian) for pairs [E, 2] of prior, temperature.
+
+    In the precision of the rows, at least float32; sums in float64. Memory is bounded by chunks.
+    """
     fitted = posterior.fitted()
     softmax = posterior.likelihood == "classification"
     targets = check_targets(penultimate, labels, fitted.inputs, fitted.classes, softmax)
     assert targets is not None
+    # curvature / T + tau = (curvature + tau T) / T, so a temperature scales another precision's variance
+    scale = pairs[:, 1] * posterior.sigma_noise**2
+    computed, mix = _combinations(pairs[:, 0] * scale)
+    mix = mix * scale[:, None]
     small = copy.deepcopy(fitted).float()
-    losses = torch.zeros(len(grid), len(temperatures), dtype=torch.float64, device=posterior.weight.device)
-    norm = 0.0
-    for at, phi in chunks(penultimate, np.arange(len(penultimate)), 2 * fitted.width, posterior.weight.device):
-        logits = posterior.logits(phi)
-        projected, target = small.project(phi.float()), targets[at].to(logits.device)
-        norm += float(phi.square().sum())
-        for i, tau in enumerate(grid.tolist()):
-            for j, temperature in enumerate(temperatures.tolist()):
-                factor = posterior.factor * posterior.temperature / temperature
-                variance = small.logit_variance(small.spread(projected, phi.new_tensor([tau, tau]).float(), factor))
-                if softmax:
-                    losses[i, j] += loss_sum(logits / torch.sqrt(1.0 + PROBIT * variance), target, True)
-                else:
-                    total = variance.double() + posterior.sigma_noise**2
-                    losses[i, j] += 0.5 * ((logits - target).square() / total + (2.0 * math.pi * total).log()).sum()
-    _check_other_rows(posterior, norm, len(penultimate))
+    losses = torch.zeros(len(pairs), dtype=torch.float64, device=posterior.weight.device)
+    squares = losses.new_zeros(())
+    width = fitted.width + len(computed) * fitted.classes
+    for at, phi in chunks(penultimate, np.arange(len(penultimate)), width, posterior.weight.device):
+        squares += phi.double().square().sum()
+        projected = small.project(phi.float())
+        variances = torch.stack(
+            [small.logit_variance(small.spread(projected, projected.new_full((2,), tau), 1.0)) for tau in computed]
+        )
+        outputs, target = posterior.logits(phi).float(), targets[at].to(phi.device)
+        rows = max(1, BLOCK // fitted.classes)
+        for i in range(0, len(phi), rows):
+            block = variances[:, i : i + rows]
+            mixed = (mix.to(block) @ block.flatten(1)).view(-1, *block.shape[1:]).clamp_(min=0.0)
+            loss = _softmax_losses if softmax else _gaussian_losses
+            losses += loss(outputs[i : i + rows], mixed, target[i : i + rows], posterior.sigma_noise)
+    if len(penultimate) == posterior.n_data and math.isclose(float(squares), posterior.squares, rel_tol=1e-9):
+        raise DataError(
+            f"these {len(penultimate)} rows are those the posterior was fitted on: a prior chosen on held-out loss "
+            "needs others"
+        )
     return losses / len(penultimate)
 
 
-def _check_other_rows(posterior: LastLayerPosterior, norm: float, count: int) -> None:
-    """Refuses the very rows of `fit`, told by the sum of their squares."""
-    if count == posterior.n_data and math.isclose(norm, posterior.squares, rel_tol=1e-12):
-        raise DataError(
-            f"these {count} rows are those the posterior was fitted on: a prior chosen on held-out loss needs others"
-        )
+def _combinations(wanted: Tensor) -> tuple[list[float], Tensor]:
+    """Precisions [R] to compute, and the matrix [E, R] that makes of 1 / (l + computed) those at the wanted ones [E]."""
+    low, high = float(wanted.min().log10()), float(wanted.max().log10())
+    few = max(2, math.ceil((high - low) / SPACING) + 1)
+    if few >= len(wanted):
+        return wanted.tolist(), torch.eye(len(wanted), dtype=wanted.dtype)
+    computed = torch.logspace(low, high, few, dtype=wanted.dtype)
+    curvature = torch.cat([torch.zeros(1), torch.logspace(low - 6.0, high + 6.0, 50 * few)]).to(wanted)[:, None]
+    # relative errors are made least: (l + wanted) / (l + computed) @ mix = 1
+    ratio = (curvature + wanted[:, None, None]) / (curvature + computed)
+    mix = [np.linalg.lstsq(one, np.ones(len(one)), rcond=1e-12)[0] for one in ratio.numpy()]
+    return computed.tolist(), torch.from_numpy(np.stack(mix))
+
+
+def _softmax_losses(logits: Tensor, variances: Tensor, target: Tensor, _: float) -> Tensor:
+    """[E] summed cross-entropies of the probit predictive, for logits [n, C] and variances [E, n, C]."""
+    log_p = torch.log_softmax(logits / variances.mul_(PROBIT).add_(1.0).sqrt_(), dim=-1)
+    if target.ndim == 2:
+        return -(log_p * target.to(log_p)).double().sum((1, 2))
+    return -log_p[:, torch.arange(len(target)), target].double().sum(1)
+
+
+def _gaussian_losses(means: Tensor, variances: Tensor, target: Tensor, sigma_noise: float) -> Tensor:
+    total = variances.double() + sigma_noise**2
+    return 0.5 * ((means - target).double().square() / total + (2.0 * math.pi * total).log()).sum((1, 2))

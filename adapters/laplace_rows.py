@@ -85,15 +85,16 @@ def check_targets(
 
 
 def chunks(array: Rows, subset: np.ndarray, width: int, device: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Positions and rows (float64) of consecutive chunks of about CHUNK_BYTES; refuses non-finite rows.
+    """Positions and rows of consecutive chunks of about CHUNK_BYTES; refuses non-finite rows.
 
-    `width`: float64 numbers held for a row.
+    Rows come in their own precision, at least float32. `width`: numbers held for a row, as of 8 bytes.
     """
     size = max(64, CHUNK_BYTES // (8 * width))
     for start in range(0, len(subset), size):
         rows = subset[start : start + size]
-        x = array[rows] if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array[rows], dtype=np.float64))
-        x = x.detach().to(device=device, dtype=torch.float64)
+        given = array[rows]
+        x = given.detach() if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
+        x = x.to(device=device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         if not torch.isfinite(x.sum()):
             bad = torch.nonzero(~torch.isfinite(x).all(1)).flatten()
             listed = ", ".join(str(rows[int(i)]) for i in bad[:5])

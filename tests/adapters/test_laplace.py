@@ -1,11 +1,6 @@
 """The closed-form posterior against laplace-torch, dense matrices, autograd and brute-force sampling."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,39 +13,7 @@ from posthoc.adapters.errors import DataError, NotFittedError, OptionError
 from posthoc.adapters.laplace import KINDS, LINKS, LastLayerPosterior
 from posthoc.adapters.predictive import entropy, monte_carlo, normal_draws, probit
 
-STRUCTURES = ["kron", "diag", "full"]
-
-
-def problem(rows: int = 60, inputs: int = 5, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs of the layer, its weight and bias, and labels drawn from it, in float64."""
-    g = torch.Generator().manual_seed(seed)
-    phi = torch.randn(rows, inputs, generator=g, dtype=torch.float64)
-    weight = torch.randn(classes, inputs, generator=g, dtype=torch.float64) / inputs**0.5
-    bias = torch.randn(classes, generator=g, dtype=torch.float64)
-    labels = torch.multinomial(torch.softmax(phi @ weight.T + bias, -1), 1, generator=g).flatten()
-    return phi, weight, bias, labels
-
-
-def dense(structure: str, phi: Tensor, weight: Tensor, bias: Tensor, prior: tuple[float, float]) -> Tensor:
-    """Posterior covariance [C (P + 1), C (P + 1)], weights first (row by row), from its definition, row by row."""
-    classes, inputs = weight.shape
-    p = torch.softmax(phi @ weight.T + bias, -1)
-    g = [torch.diag(q) - torch.outer(q, q) for q in p]
-    if structure == "kron":
-        block = torch.kron(sum(g), phi.T @ phi / len(phi))  # type: ignore[arg-type]
-        curvature = torch.block_diag(block, sum(g))  # type: ignore[arg-type]
-    else:
-        jac = jacobians(phi, classes)
-        curvature = torch.einsum("ncp,ncd,ndq->pq", jac, torch.stack(g), jac)
-        curvature = curvature.diagonal().diag() if structure == "diag" else curvature
-    prior_diagonal = torch.cat([torch.full((classes * inputs,), prior[0]), torch.full((classes,), prior[1])])
-    return torch.linalg.inv(curvature + prior_diagonal.double().diag())
-
-
-def jacobians(phi: Tensor, classes: int) -> Tensor:
-    """[B, C, C (P + 1)] of the logits in the parameters, in the order of `dense`."""
-    eye = torch.eye(classes, dtype=phi.dtype)
-    return torch.stack([torch.cat([torch.kron(eye, x.unsqueeze(0)), eye], 1) for x in phi])
+from .posterior_problem import STRUCTURES, dense, jacobians, problem
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -296,116 +259,6 @@ def test_options_out_of_range_are_refused(options: dict, message: str) -> None:
         LastLayerPosterior(**options)
 
 
-@pytest.mark.parametrize("structure", ["diag", "full"])
-def test_a_precision_for_each_parameter_is_where_the_marginal_likelihood_is_stationary(structure: str) -> None:
-    phi, weight, bias, labels = problem()
-    posterior = LastLayerPosterior(structure, temperature=0.8).fit(phi, weight, bias, labels)
-    scalar = posterior.log_marginal_likelihood(posterior.optimize_prior_precision())
-    found = posterior.optimize_prior_precision(prior_structure="diagonal")
-    assert found.shape == (4, 6)
-    log_prior = found.log().requires_grad_()
-    (slope,) = torch.autograd.grad(posterior.log_marginal_likelihood(log_prior.exp()), log_prior)
-    inside = (found > 1e-9) & (found < 1e9)
-    assert inside.float().mean() > 0.5
-    assert float(slope[inside].abs().max()) < 1e-4
-    assert posterior.log_marginal_likelihood() > scalar
-    expected = torch.linalg.inv(_dense_precision(structure, phi, weight, bias, found, 0.8))
-    jac = jacobians(phi[:5], 4)
-    variance = (jac @ expected @ jac.transpose(1, 2)).diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(posterior.functional_variance(phi[:5]), variance, rtol=1e-6, atol=0)
-
-
-def _dense_precision(
-    structure: str, phi: Tensor, weight: Tensor, bias: Tensor, prior: Tensor, temperature: float
-) -> Tensor:
-    one = (1.0, 1.0)
-    curvature = torch.linalg.inv(dense(structure, phi, weight, bias, one)) - torch.eye(24, dtype=torch.float64)
-    return curvature / temperature + torch.cat([prior[:, :5].flatten(), prior[:, 5]]).diag()
-
-
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_merging_halves_is_fitting_the_whole(structure: str, bias: bool) -> None:
-    phi, weight, offset, labels = problem(rows=90)
-    layer = (weight, offset if bias else None)
-    whole = LastLayerPosterior(structure, 0.7).fit(phi, *layer, labels)
-    half = LastLayerPosterior(structure, 0.7).fit(phi[:30], *layer, labels[:30])
-    other = LastLayerPosterior(structure, 3.0).fit(phi[30:], *layer, labels[30:])
-    both = half.merge(other)
-    assert both.n_data == 90
-    assert half.n_data == 30
-    torch.testing.assert_close(both.functional_variance(phi), whole.functional_variance(phi), rtol=1e-10, atol=0)
-    assert float(both.log_marginal_likelihood()) == pytest.approx(float(whole.log_marginal_likelihood()), rel=1e-12)
-    another = LastLayerPosterior(structure).fit(phi, 2.0 * weight, layer[1], labels)
-    with pytest.raises(OptionError, match="other parameters"):
-        half.merge(another)
-    with pytest.raises(OptionError, match="same"):
-        half.merge(LastLayerPosterior(structure).fit(phi, *layer, labels, rows="heldout"))
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_the_held_out_search_is_the_best_of_its_grid(structure: str) -> None:
-    phi, weight, bias, labels = problem(rows=200)
-    posterior = LastLayerPosterior(structure).fit(phi[:100], 4.0 * weight, bias, labels[:100], rows="heldout")
-    grid, temperatures = torch.logspace(-5, 3, 14, dtype=torch.float64), torch.tensor([0.3, 1.0, 9.0])
-    held_out = {"penultimate": phi[100:].numpy(), "labels": labels[100:].numpy()}
-    # the diagonal's variance never gets large enough for these logits: its best prior is the weakest
-    weakest = pytest.warns(UserWarning, match="end of the grid") if structure == "diag" else nullcontext()
-    with weakest:
-        found = posterior.optimize_prior_precision("gridsearch", **held_out, grid=grid, temperatures=temperatures)
-
-    def loss(tau: float, temperature: float) -> float:
-        one = LastLayerPosterior(structure, tau, temperature).fit(phi[:100], 4.0 * weight, bias)
-        return float(torch.nn.functional.nll_loss(one.predict(phi[100:]).log(), labels[100:]))
-
-    every = {(float(t), float(c)): loss(float(t), float(c)) for t in grid for c in temperatures}
-    assert every[(float(found[0]), posterior.temperature)] == pytest.approx(min(every.values()), abs=1e-6)
-    assert min(every.values()) < loss(1e6, 1.0) - 0.05  # it is worth searching for
-    with pytest.raises(OptionError, match="rows='heldout'"):
-        posterior.optimize_prior_precision()
-    with pytest.raises(DataError, match="those the posterior was fitted on"):
-        posterior.optimize_prior_precision("heldout", penultimate=phi[:100], labels=labels[:100])
-    with pytest.raises(OptionError, match="rows of its own"):
-        posterior.optimize_prior_precision("heldout")
-    with pytest.raises(OptionError, match="positive"):
-        posterior.optimize_prior_precision("heldout", **held_out, grid=torch.tensor([-1.0, 1.0]))
-    with pytest.warns(UserWarning, match="end of the grid"):
-        posterior.optimize_prior_precision("heldout", **held_out, grid=torch.tensor([1e4, 1e5, 1e6]))
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_regression_is_bayesian_linear_regression(structure: str) -> None:
-    g = torch.Generator().manual_seed(0)
-    phi = torch.randn(80, 3, generator=g, dtype=torch.float64)
-    truth = torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.0, 3.0]], dtype=torch.float64)
-    y = phi @ truth.T + 0.3 * torch.randn(80, 2, generator=g, dtype=torch.float64)
-    tau, sigma = 0.7, 0.4
-    wide = torch.cat([phi, torch.ones(80, 1, dtype=torch.float64)], 1)
-    map_ = torch.linalg.solve(wide.T @ wide / sigma**2 + tau * torch.eye(4).double(), wide.T @ y / sigma**2).T
-    posterior = LastLayerPosterior(structure, tau, likelihood="regression", sigma_noise=sigma)
-    posterior.fit(phi, map_[:, :3], map_[:, 3], y)
-    torch.testing.assert_close(posterior.predict(phi), wide @ map_.T)
-    if structure == "full":  # exact: the variance of the predictive, and the evidence of a Gaussian process
-        covariance = torch.linalg.inv(wide.T @ wide / sigma**2 + tau * torch.eye(4).double())
-        exact = ((wide @ covariance) * wide).sum(1, keepdim=True).expand(80, 2)
-        torch.testing.assert_close(posterior.functional_variance(phi), exact)
-        kernel = wide @ wide.T / tau + sigma**2 * torch.eye(80).double()
-        evidence = sum(
-            torch.distributions.MultivariateNormal(torch.zeros(80).double(), kernel).log_prob(y[:, k]) for k in range(2)
-        )
-        assert float(posterior.log_marginal_likelihood()) == pytest.approx(float(evidence), rel=1e-10)
-    noise = posterior.optimize_sigma_noise()
-    best = posterior.log_marginal_likelihood()
-    for factor in (0.95, 1.05):
-        posterior.sigma_noise = noise * factor
-        assert posterior.log_marginal_likelihood() < best
-    assert noise == pytest.approx(0.3, rel=0.2)
-    with pytest.raises(OptionError, match="functional_variance"):
-        posterior.uncertainties(phi)
-    with pytest.raises(DataError, match=re.escape("expected (80, 2)")):
-        LastLayerPosterior(structure, likelihood="regression").fit(phi, map_[:, :3], map_[:, 3], y[:, 0])
-
-
 def test_full_refuses_what_does_not_fit_and_says_the_size() -> None:
     weight = torch.zeros(1000, 1280)
     with pytest.raises(OptionError, match=r"1281000 parameters.*36678.3 GiB.*'kron'"):
@@ -428,44 +281,3 @@ def test_a_prior_of_another_shape_is_refused() -> None:
         LastLayerPosterior("kron", torch.ones(4, 6)).fit(phi, weight, bias, labels)
     with pytest.raises(OptionError, match="rows='test'"):
         LastLayerPosterior().fit(phi, weight, bias, labels, rows="test")
-
-
-PROGRAM = """
-import sys, numpy as np, torch
-from accelerate import PartialState
-from posthoc.adapters.laplace import LastLayerPosterior
-
-state = PartialState(cpu=True)
-arrays = np.load(sys.argv[1])
-rank, world = state.process_index, state.num_processes
-for structure in ("kron", "diag", "full"):
-    posterior = LastLayerPosterior(structure, 0.7).fit(
-        *(arrays["phi"][rank::world], arrays["weight"], arrays["bias"], arrays["labels"][rank::world]),
-        across_processes=True,
-    )
-    found = posterior.functional_variance(torch.from_numpy(arrays["phi"])).numpy()
-    evidence = float(posterior.log_marginal_likelihood())
-    np.savez(f"{structure}-{rank}.npz", world=world, variance=found, n=posterior.n_data, evidence=evidence)
-"""
-
-
-def test_two_processes_with_half_the_rows_each_know_what_one_with_all_knows(tmp_path: Path) -> None:
-    phi, weight, bias, labels = problem(rows=51)
-    np.savez(tmp_path / "data.npz", phi=phi, weight=weight, bias=bias, labels=labels)
-    (tmp_path / "program.py").write_text(PROGRAM)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(port)]
-    command = [sys.executable, "-m", *launch, "program.py", "data.npz"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for structure in STRUCTURES:
-        whole = LastLayerPosterior(structure, 0.7).fit(phi, weight, bias, labels)
-        for rank in range(2):
-            found = np.load(tmp_path / f"{structure}-{rank}.npz")
-            assert int(found["world"]) == 2
-            assert int(found["n"]) == 51
-            np.testing.assert_allclose(found["variance"], whole.functional_variance(phi), rtol=1e-9)
-            assert float(found["evidence"]) == pytest.approx(float(whole.log_marginal_likelihood()), rel=1e-12)
