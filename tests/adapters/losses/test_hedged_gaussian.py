@@ -33,6 +33,7 @@ def test_golden_of_the_temperature_paper(shared: Path, case: str) -> None:
     scale, shift = (float(np.float32(golden[name])) for name in "ab")  # as the paper's code holds them
     loss = HedgedGaussian(scale, shift, k, float(golden["beta"])).double()
     assert loss.log_scale is not None
+    assert loss.learnt_shift is not None
     loss.log_scale.data.fill_(math.log(scale))
 
     def samples(mean: Tensor, std: Tensor, first: int) -> Tensor:
