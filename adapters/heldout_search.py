@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .laplace import LastLayerPosterior
 
 BLOCK = 1 << 14  # outputs looked at together, for every precision: what a cache holds
-SPACING = 0.25  # decades between computed precisions: combined variances are right to 5e-5 of themselves, losses to some 1e-6
+SPACING = (
+    0.25  # decades between computed precisions: combined variances are right to 5e-5 of themselves, losses to some 1e-6
+)
 
 
 def best_on_held_out(
@@ -65,7 +67,9 @@ def held_out_losses(
     # curvature / T + tau = (curvature + tau T) / T, so a temperature scales another precision's variance
     scale = pairs[:, 1] * posterior.sigma_noise**2
     computed, mix = _combinations(pairs[:, 0] * scale)
-    mix = mix * scale[:, None]
+    gain, offset = (PROBIT, 1.0) if softmax else (1.0, posterior.sigma_noise**2)  # wanted is offset + gain * variance
+    mix = (mix * (gain * scale)[:, None]).to(device=posterior.weight.device, dtype=torch.float32)
+    base = mix.new_tensor(offset)
     small = copy.deepcopy(fitted).float()
     losses = torch.zeros(len(pairs), dtype=torch.float64, device=posterior.weight.device)
     squares = losses.new_zeros(())
@@ -80,9 +84,9 @@ def held_out_losses(
         rows = max(1, BLOCK // fitted.classes)
         for i in range(0, len(phi), rows):
             block = variances[:, i : i + rows]
-            mixed = (mix.to(block) @ block.flatten(1)).view(-1, *block.shape[1:]).clamp_(min=0.0)
+            mixed = torch.addmm(base, mix, block.flatten(1)).view(-1, *block.shape[1:])
             loss = _softmax_losses if softmax else _gaussian_losses
-            losses += loss(outputs[i : i + rows], mixed, target[i : i + rows], posterior.sigma_noise)
+            losses += loss(outputs[i : i + rows], mixed, target[i : i + rows])
     if len(penultimate) == posterior.n_data and math.isclose(float(squares), posterior.squares, rel_tol=1e-9):
         raise DataError(
             f"these {len(penultimate)} rows are those the posterior was fitted on: a prior chosen on held-out loss "
@@ -98,21 +102,22 @@ def _combinations(wanted: Tensor) -> tuple[list[float], Tensor]:
     if few >= len(wanted):
         return wanted.tolist(), torch.eye(len(wanted), dtype=wanted.dtype)
     computed = torch.logspace(low, high, few, dtype=wanted.dtype)
-    curvature = torch.cat([torch.zeros(1), torch.logspace(low - 6.0, high + 6.0, 50 * few)]).to(wanted)[:, None]
+    curvature = torch.cat([torch.zeros(1), torch.logspace(low - 6.0, high + 6.0, 12 * few)]).to(wanted)[:, None]
     # relative errors are made least: (l + wanted) / (l + computed) @ mix = 1
     ratio = (curvature + wanted[:, None, None]) / (curvature + computed)
     mix = [np.linalg.lstsq(one, np.ones(len(one)), rcond=1e-12)[0] for one in ratio.numpy()]
     return computed.tolist(), torch.from_numpy(np.stack(mix))
 
 
-def _softmax_losses(logits: Tensor, variances: Tensor, target: Tensor, _: float) -> Tensor:
-    """[E] summed cross-entropies of the probit predictive, for logits [n, C] and variances [E, n, C]."""
-    log_p = torch.log_softmax(logits / variances.mul_(PROBIT).add_(1.0).sqrt_(), dim=-1)
+def _softmax_losses(logits: Tensor, squares: Tensor, target: Tensor) -> Tensor:
+    """[E] summed cross-entropies of logits [n, C] divided by the roots of squares [E, n, C], which are overwritten."""
+    log_p = torch.log_softmax(squares.rsqrt_().mul_(logits), dim=-1)
     if target.ndim == 2:
         return -(log_p * target.to(log_p)).double().sum((1, 2))
     return -log_p[:, torch.arange(len(target)), target].double().sum(1)
 
 
-def _gaussian_losses(means: Tensor, variances: Tensor, target: Tensor, sigma_noise: float) -> Tensor:
-    total = variances.double() + sigma_noise**2
+def _gaussian_losses(means: Tensor, variances: Tensor, target: Tensor) -> Tensor:
+    """[E] summed negative log densities of targets [n, C] under variances [E, n, C]."""
+    total = variances.double()
     return 0.5 * ((means - target).double().square() / total + (2.0 * math.pi * total).log()).sum((1, 2))

@@ -52,7 +52,8 @@ class LastLayerPosterior(nn.Module):
             p(y | f / T), fit with weight / T and bias / T.
         likelihood: "classification" (softmax) or "regression" (Gaussian noise of standard deviation `sigma_noise`).
 
-    `fit` multiplies in the precision of the rows (at least float32), sums and keeps float64; `.float()` makes it small and quick. Outputs are differentiable in their inputs.
+    `fit` multiplies in the precision of the rows (at least float32), sums and keeps float64; `.float()` makes it small
+    and quick. Outputs are differentiable in their inputs.
     """
 
     weight: Tensor
