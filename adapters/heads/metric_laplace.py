@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from ..positives import FeatureTable
 from ..training import step_generator
 from .base import FeatureDims, FitData, Head
 from .common import check_choice, check_positive, check_whole, fit_key, moments
+
+MOSTLY = 0.95
 
 
 class MetricLaplaceHead(Head):
@@ -154,7 +157,15 @@ class MetricLaplaceHead(Head):
         rows = _Rows(array, self.center.cpu().numpy(), float(self.gain))
         if not self._config["online"]:
             self.posterior.fit(rows, label, subset=data.train, generator=generator)
-        report["negative_curvature"] = float((self.posterior.curvature_weight < 0).float().mean())
+        negative = float((self.posterior.curvature_weight < 0).float().mean())
+        report["negative_curvature"] = negative
+        if negative > MOSTLY:
+            warnings.warn(
+                f"{negative:.0%} of the curvature is negative and set to 0: with approximation="
+                f"{self._config['approximation']!r} the posterior is hardly more than its prior here",
+                UserWarning,
+                stacklevel=2,
+            )
         report |= self._prior(rows, label, data, generator)
         return report | {"seconds": round(time.perf_counter() - started, 3)}
 
