@@ -111,16 +111,16 @@ def judge(answer: MetricEmbedding, label: np.ndarray, ood: dict[str, MetricEmbed
 
 
 def scale_sweep(
-    method: Laplace, x: np.ndarray, label: np.ndarray, ood: dict[str, np.ndarray]
+    method: Laplace, x: np.ndarray, label: np.ndarray, ood: dict[str, np.ndarray], with_prior: bool
 ) -> list[dict[str, float]]:
-    """The row of the table with the chosen precision (curvature and prior alike) times each of seven powers of ten."""
+    """The row of the table with the curvature, or curvature and prior alike, times each of seven powers of ten."""
     posterior = method.posterior
     kept = {name: buffer.clone() for name, buffer in posterior.state_dict().items()}
     rows = []
     for factor in SCALES:
         posterior.curvature_weight.copy_(kept["curvature_weight"] * factor)
         posterior.curvature_bias.copy_(kept["curvature_bias"] * factor)
-        posterior.prior_precision.copy_(kept["prior_precision"] * factor)
+        posterior.prior_precision.copy_(kept["prior_precision"] * (factor if with_prior else 1.0))
         rows.append(judge(embed(method, x), label, {name: embed(method, other) for name, other in ood.items()}))
     posterior.load_state_dict(kept)
     return rows
@@ -140,7 +140,8 @@ def one_seed(x: np.ndarray, label: np.ndarray, ood: dict[str, np.ndarray], seed:
             table[name]["prior precision"] = float(method.posterior.prior_precision)
             table[name]["negative curvature"] = float((method.posterior.curvature_weight < 0).float().mean())
             if "euclidean" in name:
-                sweep[name] = scale_sweep(method, inputs, label[scored], outside)
+                for what, with_prior in (("curvature and prior", True), ("curvature", False)):
+                    sweep[f"{name}: {what}"] = scale_sweep(method, inputs, label[scored], outside, with_prior)
         print(f"seed {seed}: {name} ({time.process_time() - start:.0f} s): {table[name]}", flush=True)
     return {"table": table, "sweep": sweep}
 
@@ -160,7 +161,7 @@ def show(results: dict[str, Any], sets: list[str]) -> None:
             )
         print(f"| {name} | " + " | ".join(cells) + " |")
     for name in runs[0]["sweep"]:
-        print(f"\n{name}\n\n| precision times | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
+        print(f"\n{name}\n\n| times | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
         for k, factor in enumerate(SCALES):
             cells = [f"{np.mean([run['sweep'][name][k][column] for run in runs]):.3f}" for column in columns]
             print(f"| {factor:g} | " + " | ".join(cells) + " |")
