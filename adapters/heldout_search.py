@@ -22,7 +22,7 @@ from .predictive import PROBIT
 if TYPE_CHECKING:
     from .laplace import LastLayerPosterior
 
-BLOCK = 1 << 14  # outputs looked at together, for every precision: what a cache holds
+BLOCK = 1 << 20  # outputs of all precisions looked at together: what a cache holds
 SPACING = (
     0.25  # decades between computed precisions: combined variances are right to 5e-5 of themselves, losses to some 1e-6
 )
@@ -81,7 +81,7 @@ def held_out_losses(
             [small.logit_variance(small.spread(projected, projected.new_full((2,), tau), 1.0)) for tau in computed]
         )
         outputs, target = posterior.logits(phi).float(), targets[at].to(phi.device)
-        rows = max(1, BLOCK // fitted.classes)
+        rows = max(1, BLOCK // (fitted.classes * len(pairs)))
         for i in range(0, len(phi), rows):
             block = variances[:, i : i + rows]
             mixed = torch.addmm(base, mix, block.flatten(1)).view(-1, *block.shape[1:])

@@ -32,7 +32,7 @@ from posthoc.adapters.predictive import entropy
 from posthoc.eval.baselines import fit_temperature
 from posthoc.eval.metrics import auroc, confidence_and_correct, ece, nll
 
-TEMPERATURES = torch.logspace(-2, 4, 13, dtype=torch.float64)
+TEMPERATURES = torch.logspace(-2, 4, 7, dtype=torch.float64)
 PLAIN = ("softmax", "temperature scaling")
 CORRUPTED = 2000
 
