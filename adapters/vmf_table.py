@@ -23,7 +23,7 @@ SMOOTH_DIM = 8  # from here on one polynomial in x does; below it the range of x
 WINDOW = 12.0  # standard deviations around the mode that hold all the mass
 DEGREES = ((10, 12), (16, 10), (24, 8), (64, 6), (256, 5))  # dimension below which, degree
 HIGHEST = 1.0 - 1e-6  # half chords end a little below 1, for sqrt(1 - h^2) is divided by
-CHUNK = 1 << 14  # kappas looked up at once
+CHUNK = 1 << 14  # polynomials looked up at once, one for each kappa and cell
 CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # where tables are built
 
 
@@ -149,7 +149,9 @@ class CosineTable:
 
     def polynomials(self, kappa: Tensor, dtype: torch.dtype) -> Tensor:
         """Coefficients [degree + 1, 2, ..., cells] of h and of dh/dkappa for kappa [...], for `evaluate`."""
-        return torch.stack(self.coefficients(kappa)).to(dtype).movedim(-1, 0).contiguous()
+        parts = kappa.reshape(-1).split(max(1, CHUNK // self.cells))
+        both = torch.cat([torch.stack(self.coefficients(part)).to(dtype) for part in parts], 1)
+        return both.movedim(-1, 0).reshape(-1, 2, *kappa.shape, self.cells)
 
     def evaluate(self, polynomials: Tensor, score: Tensor, mirrored: bool = False) -> tuple[Tensor, Tensor]:
         """h and dh/dkappa [..., S] at normal scores [..., S]; if mirrored at those and their negatives, [..., 2 S]."""
@@ -167,8 +169,9 @@ class CosineTable:
         """h and dh/dkappa [..., S] for kappa [...] and normal scores [..., S], in the dtype of the scores."""
         flat, scores = kappa.reshape(-1), score.reshape(-1, score.shape[-1])
         h, slope = torch.empty_like(scores), torch.empty_like(scores)
-        for start in range(0, len(flat), CHUNK):
-            part = slice(start, start + CHUNK)
+        size = max(1, CHUNK // self.cells)
+        for start in range(0, len(flat), size):
+            part = slice(start, start + size)
             h[part], slope[part] = self.evaluate(self.polynomials(flat[part], score.dtype), scores[part])
         return h.reshape(score.shape), slope.reshape(score.shape)
 

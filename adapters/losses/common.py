@@ -9,6 +9,15 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 
+LARGEST, LEAST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # what single precision can hold
+
+
+def check_positive(name: str, **values: float) -> None:
+    """Refuses values that are not positive and finite in single precision."""
+    if not all(LEAST <= value <= LARGEST for value in values.values()):
+        given = ", ".join(f"{option}={value}" for option, value in values.items())
+        raise OptionError(f"{name}({given}): must be positive and finite, in single precision too")
+
 
 def check_counts(name: str, **values: int) -> None:
     """Refuses anything but whole numbers of at least 1."""

@@ -13,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import OptionError
 from ..numerics import block_rows
 from ..vmf import VonMisesFisher, log_normalizer
-from .common import log_parameter, number
+from .common import check_positive, log_parameter, number
 from .posteriors import check_posteriors, columns
-from .sampled import check_positive
 
 LARGEST = 1e15  # stands for larger concentrations, and for infinity
 LARGE = 1e10  # from here on the normaliser's expansion at infinity is exact to 1e-6 at d = 4096

@@ -13,8 +13,7 @@ from torch.nn import functional
 from ..errors import OptionError
 from ..numerics import block_rows, first_order, full
 from ..vmf import standard_normal
-from .common import check_counts, log_parameter, number
-from .sampled import check_positive
+from .common import check_counts, check_positive, log_parameter, number
 
 CHUNK, CHUNK_GPU = 1 << 16, 1 << 22  # numbers of a block's samples, or of their distances
 FLOOR = 1e-6  # of the code of Warburg et al.

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from ..errors import OptionError
 from ..vmf import VonMisesFisher
-from .sampled import Sampling, check_positive, sampled_loss
+from .common import check_counts, check_positive, log_parameter, number
+from .sampled import Sampling, sampled_loss
 
 
 class HedgedInstance(nn.Module):
@@ -48,7 +49,8 @@ class HedgedInstance(nn.Module):
         reference: bool = False,
     ) -> None:
         super().__init__()
-        check_positive("HedgedInstance", scale=scale, n_samples=n_samples)
+        check_positive("HedgedInstance", scale=scale)
+        check_counts("HedgedInstance", n_samples=n_samples)
         if not math.isfinite(shift) or not (negative_weight is None or 0 < negative_weight < math.inf):
             raise OptionError(
                 f"HedgedInstance(shift={shift}, negative_weight={negative_weight}): both must be finite, and the "
@@ -61,12 +63,12 @@ class HedgedInstance(nn.Module):
         self.n_samples, self.reading, self.negative_weight = n_samples, reading, negative_weight
         self.antithetic, self.sobol, self.reference = antithetic, sobol, reference
         self.fixed_scale, self.fixed_shift = float(scale), float(shift)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learnable else None
+        self.log_scale = log_parameter(scale, learnable)
         self.learnt_shift = nn.Parameter(torch.tensor(float(shift))) if learnable else None
 
     @property
     def scale(self) -> Tensor | float:
-        return self.fixed_scale if self.log_scale is None else self.log_scale.exp()
+        return number(self.log_scale, self.fixed_scale)
 
     @property
     def shift(self) -> Tensor | float:

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from ..errors import OptionError
 from ..vmf import VonMisesFisher
-from .sampled import Sampling, check_positive, sampled_loss
+from .common import check_counts, check_positive, log_parameter, number
+from .sampled import Sampling, sampled_loss
 
 
 class MCInfoNCE(nn.Module):
@@ -50,21 +51,21 @@ class MCInfoNCE(nn.Module):
         reference: bool = False,
     ) -> None:
         super().__init__()
-        check_positive("MCInfoNCE", concentration=concentration, n_samples=n_samples)
-        if positive_draws < 1 or (reference and (positive_draws > 1 or sobol)):
+        check_positive("MCInfoNCE", concentration=concentration)
+        check_counts("MCInfoNCE", n_samples=n_samples, positive_draws=positive_draws)
+        if reference and (positive_draws > 1 or sobol):
             raise OptionError(
-                f"MCInfoNCE(positive_draws={positive_draws}, sobol={sobol}, reference={reference}): positive_draws "
-                "must be >= 1, and the paper's code (reference=True) has neither extra draws nor Sobol points"
+                f"MCInfoNCE(positive_draws={positive_draws}, sobol={sobol}, reference=True): the paper's code has neither "
+                "extra draws nor Sobol points"
             )
         self.n_samples, self.antithetic = n_samples, antithetic
         self.sobol, self.positive_draws, self.reference = sobol, positive_draws, reference
-        log = torch.tensor(float(concentration)).log()
-        self.log_concentration = nn.Parameter(log) if learnable else None
+        self.log_concentration = log_parameter(concentration, learnable)
         self.fixed_concentration = float(concentration)
 
     @property
     def concentration(self) -> Tensor | float:
-        return self.fixed_concentration if self.log_concentration is None else self.log_concentration.exp()
+        return number(self.log_concentration, self.fixed_concentration)
 
     def forward(
         self,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..errors import OptionError
+from ..numerics import block_rows, first_order
 from ..vmf import VonMisesFisher
 from .cosines import prepare
 from .draws import Draws, SobolDraws
@@ -35,13 +33,6 @@ class Sampling(NamedTuple):
     sobol: bool = False
     positives: int = 1
     reference: bool = False
-
-
-def check_positive(name: str, **values: float) -> None:
-    """Refuses values that are not positive and finite."""
-    if not all(0 < value < math.inf for value in values.values()):
-        given = ", ".join(f"{option}={value}" for option, value in values.items())
-        raise OptionError(f"{name}({given}): {'both' if len(values) == 2 else 'all'} must be positive and finite")
 
 
 def sampled_loss(
@@ -109,7 +100,7 @@ class _SampledLoss(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    @once_differentiable
+    @first_order("a loss of sampled cosines (MCInfoNCE, HedgedInstance)")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, None, *(grads[0] * g for g in ctx.saved_tensors)
 
@@ -117,8 +108,7 @@ class _SampledLoss(torch.autograd.Function):
 def _sizes(mu: Tensor, samples: int) -> tuple[int, int]:
     """Rows that are prepared at once, and rows of a block, for columns [B, J, d]."""
     _, others, dim = mu.shape
-    limit = CHUNK if mu.device.type == "cpu" else CHUNK_GPU
-    block = max(1, limit // (others * max(samples, dim)))
+    block = block_rows(mu, others * max(samples, dim), CHUNK, CHUNK_GPU)
     prepared = PREPARED * 128 // (others * max(dim, 128))
     return max(1, prepared // block) * block, block
 
@@ -133,7 +123,7 @@ class _GivenLoss(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @first_order("a loss of sampled cosines (MCInfoNCE, HedgedInstance)")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cosine, *parameters = (grads[0] * g for g in ctx.saved_tensors)
         return cosine, None, *parameters

@@ -430,10 +430,14 @@ def test_the_concentration_is_a_parameter_only_where_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"concentration": 0.0}, {"concentration": -1.0}, {"concentration": math.inf}, {"n_samples": 0}]
+    ("options", "message"),
+    [
+        *(({"concentration": x}, "must be positive and finite") for x in (0.0, -1.0, math.inf, 1e300, 1e-300)),
+        *(({name: x}, f"{name}={x}.*whole number") for name in ("n_samples", "positive_draws") for x in (0, 2.5, True)),
+    ],
 )
-def test_meaningless_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="must be positive and finite"):
+def test_meaningless_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         MCInfoNCE(**options)
     with pytest.raises(OptionError, match="concentration=nan"):
         MCInfoNCE(math.nan)

@@ -441,7 +441,7 @@ def test_more_negatives_weigh_less_unless_told_otherwise() -> None:
         (HedgedInstance, {"negative_weight": -1.0}, r"negative_weight=-1.0"),
         (HedgedInstance, {"reading": "mean"}, r"reading='mean'.*'log-mean'"),
         (HedgedInstance, {"reference": True, "sobol": True}, r"no Sobol points"),
-        (MCInfoNCE, {"positive_draws": 0}, r"positive_draws=0.*>= 1"),
+        (HedgedInstance, {"n_samples": 2.5}, r"n_samples=2.5.*whole"),
         (MCInfoNCE, {"reference": True, "positive_draws": 2}, r"neither extra draws"),
     ],
 )
