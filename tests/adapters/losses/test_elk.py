@@ -19,12 +19,7 @@ from posthoc.adapters.losses import ExpectedLikelihoodKernel, elk
 from posthoc.adapters.losses.elk import log_expected_likelihood
 from posthoc.adapters.vmf import VonMisesFisher, log_normalizer
 
-Inputs = dict[str, Tensor]
-
-
-def posteriors(inputs: Inputs) -> list[VonMisesFisher]:
-    names = ("ref", "pos", "neg") if "mu_neg" in inputs else ("ref", "pos")
-    return [VonMisesFisher(inputs[f"mu_{name}"], inputs[f"kappa_{name}"]) for name in names]
+from .tools import Inputs, golden_inputs, posteriors
 
 
 def make_inputs(dim: int, negatives: int, kappa: tuple[float, ...], dtype: torch.dtype = torch.float64) -> Inputs:
@@ -41,14 +36,8 @@ def make_inputs(dim: int, negatives: int, kappa: tuple[float, ...], dtype: torch
 
 
 def read(shared: Path, case: str) -> tuple[Any, float, Inputs]:
-    golden, inputs = np.load(shared / f"golden/mcinfonce/{case}.npz"), {}
-    for name in ("ref", "pos", "neg"):
-        if f"mu_{name}" in golden:
-            mu = torch.tensor(golden[f"mu_{name}"]).double()
-            mu = mu.squeeze(1) if name == "pos" else mu
-            inputs[f"mu_{name}"] = mu.requires_grad_()
-            inputs[f"kappa_{name}"] = torch.tensor(golden[f"kappa_{name}"]).double().reshape(mu.shape[:-1])
-            inputs[f"kappa_{name}"].requires_grad_()
+    golden = np.load(shared / f"golden/mcinfonce/{case}.npz")
+    inputs = {name: x.double().requires_grad_() for name, x in golden_inputs(golden).items()}
     return golden, json.loads(str(golden["meta"]))["temp"], inputs
 
 

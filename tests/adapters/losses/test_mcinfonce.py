@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,34 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from posthoc.adapters.errors import OptionError
 from posthoc.adapters.losses import MCInfoNCE, mcinfonce, sampled
 from posthoc.adapters.vmf import VonMisesFisher
 
-Inputs = dict[str, Tensor]  # mu_ref [B, d], kappa_ref [B], mu_pos, kappa_pos, and mu_neg [B, M, d], kappa_neg [B, M]
+from .tools import Inputs, Moments, gap, golden_inputs, posteriors, tangent
+
 Loss = Callable[..., Tensor]
 STOCHASTIC = ("d3_rolled", "d10_neg4", "d10_rolled_wide", "d64_neg3_k16_32", "d64_rolled_k100_200")
-
-
-class Moments(NamedTuple):
-    """Mean and standard error of an average of repeated draws."""
-
-    mean: Tensor
-    error: Tensor
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These sizes gain nothing from a second thread, and lose much where another process holds that core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def posteriors(inputs: Inputs) -> list[VonMisesFisher]:
-    names = ("ref", "pos", "neg") if "mu_neg" in inputs else ("ref", "pos")
-    return [VonMisesFisher(inputs[f"mu_{name}"], inputs[f"kappa_{name}"]) for name in names]
 
 
 def rows_of_full_vectors(tau: Any, samples: int, generator: torch.Generator, *posterior: VonMisesFisher) -> Tensor:
@@ -85,12 +64,6 @@ def draw(objective: tuple[Loss, Tensor], inputs: Inputs, copies: int, calls: int
     return {name: Moments(x.mean(0), x.std(0) / math.sqrt(len(x))) for name, x in every.items()}
 
 
-def gap(one: Moments, other: Moments) -> Tensor:
-    """Distance in combined standard errors; 0 where both are the same number without an error."""
-    apart = (one.mean - other.mean).abs()
-    return torch.where(apart == 0.0, 0.0, apart / torch.hypot(one.error, other.error))
-
-
 def assert_same(one: dict[str, Moments], other: dict[str, Moments]) -> None:
     for name, moments in one.items():
         assert gap(moments, other[name]).max() < (4.0 if name == "loss" else 5.0), name
@@ -116,21 +89,7 @@ def make_inputs(dim: int, negatives: int, dtype: torch.dtype = torch.float64, ka
     return {name: x.to(dtype) for name, x in inputs.items()}
 
 
-def tangent(x: Tensor, mu: Tensor) -> Tensor:
-    return x - (x * mu).sum(-1, keepdim=True) * mu
-
-
-def golden_inputs(golden: Any) -> Inputs:
-    inputs = {}
-    for name in ("ref", "pos", "neg"):
-        if f"mu_{name}" in golden:
-            mu = torch.tensor(golden[f"mu_{name}"])
-            mu = mu.squeeze(1) if name == "pos" else mu
-            inputs[f"mu_{name}"] = mu
-            inputs[f"kappa_{name}"] = torch.full(mu.shape[:-1], math.inf)
-            if f"kappa_{name}" in golden:
-                inputs[f"kappa_{name}"] = torch.tensor(golden[f"kappa_{name}"]).reshape(mu.shape[:-1])
-    return inputs
+# The `mcinfonce_*` of golden/mcinfonce/url_losses.npz are no loss of this library: see the `infonce_*` in test_ntxent.
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
@@ -427,38 +386,3 @@ def test_the_concentration_is_a_parameter_only_where_asked() -> None:
     again = MCInfoNCE(3.0, learnable=True)
     again.load_state_dict(learnt.state_dict())
     assert torch.equal(torch.as_tensor(again.concentration), torch.as_tensor(learnt.concentration))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        *(({"concentration": x}, "must be positive and finite") for x in (0.0, -1.0, math.inf, 1e300, 1e-300)),
-        *(({name: x}, f"{name}={x}.*whole number") for name in ("n_samples", "positive_draws") for x in (0, 2.5, True)),
-    ],
-)
-def test_meaningless_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        MCInfoNCE(**options)
-    with pytest.raises(OptionError, match="concentration=nan"):
-        MCInfoNCE(math.nan)
-
-
-def test_distributions_that_do_not_fit_are_refused() -> None:
-    def point(*shape: int) -> VonMisesFisher:
-        return VonMisesFisher(torch.ones(*shape), 1.0)
-
-    loss, fits = MCInfoNCE(), point(4, 8)
-    for given in (
-        (fits, point(3, 8)),  # other rows
-        (fits, point(4, 1, 8)),  # a positive is one a row
-        (fits, fits, point(4, 8)),  # negatives have a second axis
-        (fits, fits, point(3, 2, 8)),
-        (fits, point(4, 7)),  # another dimension
-        (fits, fits, point(4, 2, 7)),
-        (point(1, 8), point(1, 8)),  # its own positive would be its negative
-        (point(8), point(8)),
-        (fits, fits, VonMisesFisher(torch.ones(4, 0, 8), 1.0, validate_args=False)),
-    ):
-        with pytest.raises(OptionError, match=r"batch shapes \[B\], \[B\] and \[B, M\].*given \["):
-            loss(*given)
-    assert loss(point(1, 8), point(1, 8), point(1, 2, 8)).isfinite()

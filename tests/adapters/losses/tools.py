@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,43 @@ from torch.nn import functional
 
 from posthoc.adapters import losses
 from posthoc.adapters.vmf import VonMisesFisher
+
+Inputs = dict[str, Tensor]  # mu_ref [B, d], kappa_ref [B], mu_pos, kappa_pos, and mu_neg [B, M, d], kappa_neg [B, M]
+
+
+class Moments(NamedTuple):
+    """Mean and standard error of an average of repeated draws."""
+
+    mean: Tensor
+    error: Tensor
+
+
+def posteriors(inputs: Inputs) -> list[VonMisesFisher]:
+    names = ("ref", "pos", "neg") if "mu_neg" in inputs else ("ref", "pos")
+    return [VonMisesFisher(inputs[f"mu_{name}"], inputs[f"kappa_{name}"]) for name in names]
+
+
+def golden_inputs(golden: Any) -> Inputs:
+    inputs = {}
+    for name in ("ref", "pos", "neg"):
+        if f"mu_{name}" in golden:
+            mu = torch.tensor(golden[f"mu_{name}"])
+            mu = mu.squeeze(1) if name == "pos" else mu
+            inputs[f"mu_{name}"] = mu
+            inputs[f"kappa_{name}"] = torch.full(mu.shape[:-1], math.inf)
+            if f"kappa_{name}" in golden:
+                inputs[f"kappa_{name}"] = torch.tensor(golden[f"kappa_{name}"]).reshape(mu.shape[:-1])
+    return inputs
+
+
+def gap(one: Moments, other: Moments) -> Tensor:
+    """Distance in combined standard errors; 0 where both are the same number without an error."""
+    apart = (one.mean - other.mean).abs()
+    return torch.where(apart == 0.0, 0.0, apart / torch.hypot(one.error, other.error))
+
+
+def tangent(x: Tensor, mu: Tensor) -> Tensor:
+    return x - (x * mu).sum(-1, keepdim=True) * mu
 
 
 class Call(NamedTuple):
