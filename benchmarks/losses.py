@@ -50,7 +50,9 @@ def gradients(loss: Callable[[], Tensor], inputs: list[Tensor]) -> Step:
     return lambda: torch.autograd.grad(loss(), inputs)
 
 
-def posteriors(side: str, device: str, loss: str, B: int, S: int = 0, M: int = 0, d: int = 10) -> Step:
+def posteriors(
+    side: str, device: str, loss: str, B: int, S: int = 0, M: int = 0, d: int = 10, reference: bool = False
+) -> Step:
     """M = 0: rolled negatives. Concentrations 16 to 32, scaled with the dimension."""
     shapes = [(B,), (B,)] + ([(B, M)] if M else [])
     mu = [functional.normalize(torch.randn(*s, d, device=device), dim=-1).requires_grad_() for s in shapes]
@@ -65,7 +67,7 @@ def posteriors(side: str, device: str, loss: str, B: int, S: int = 0, M: int = 0
         }
         return gradients(calls[loss], [*mu, *kappa])
     made = {
-        "mcinfonce": lambda: losses.MCInfoNCE(16.0, S),
+        "mcinfonce": lambda: losses.MCInfoNCE(16.0, S, reference=reference),
         "hedged": lambda: losses.HedgedInstance(5.0, 0.0, S),
         "elk": lambda: losses.ExpectedLikelihoodKernel(20.0),
     }[loss]()
@@ -162,6 +164,7 @@ def cases() -> list[Case]:
     full = {"loss": "mcinfonce", "S": 512, "M": 32}
     listed = [
         Case("mcinfonce B512 S512 M32 d10", posteriors, full | {"B": 512}),
+        Case("mcinfonce-reference B512 S512 M32 d10", posteriors, full | {"B": 512, "reference": True}, plain=False),
         Case("mcinfonce B64 S512 M32 d128", posteriors, full | {"B": 64, "d": 128}),
         Case("mcinfonce B512 S512 rolled d10", posteriors, full | {"B": 512, "M": 0}),
         Case("mcinfonce B512 S512 rolled d128", posteriors, full | {"B": 512, "M": 0, "d": 128}),
