@@ -48,3 +48,14 @@ def same_rows(**arrays: np.ndarray) -> None:
     if len({len(a) for a in arrays.values()}) > 1:
         lengths = ", ".join(f"{name} {len(a)}" for name, a in arrays.items())
         raise DataError(f"one row for each image is expected, and the lengths differ: {lengths}")
+
+
+def check_labels(logits: np.ndarray, label: np.ndarray) -> None:
+    """Raises DataError unless logits are [N, C] and labels are whole numbers [N] in 0..C-1."""
+    if logits.ndim != 2 or label.shape != (len(logits),):
+        raise DataError(f"logits [N, C] and labels [N] are expected; these are {logits.shape} and {label.shape}")
+    if label.dtype.kind not in "iub" or label.min() < 0 or label.max() >= logits.shape[1]:
+        raise DataError(
+            f"labels must be whole numbers from 0 to {logits.shape[1] - 1}; "
+            f"these are {label.dtype} from {label.min()} to {label.max()}"
+        )

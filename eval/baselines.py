@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.errors import DataError
-from .arrays import Array, as_numpy
-from .metrics import check_labels
+from .arrays import Array, as_numpy, check_labels
 
 ROWS = 4096
 

@@ -9,8 +9,11 @@ import numpy as np
 import torch
 
 from ..adapters.errors import DataError
-from .arrays import Array, as_numpy, finite, same_rows
+from .arrays import Array, as_numpy, check_labels, finite, same_rows
+from .calibration_statistics import AdaptiveEce, BrierParts, ClasswiseEce, SmoothEce, brier_per_image
 from .extras import require
+from .ood_statistics import AveragePrecision, Fpr95, OodAcceptedAt95Id, ScodAurc, ScodAuroc
+from .selective_statistics import AccuracyAtCoverage, Augrc, ExcessAurc
 from .statistics import Aurc, Ece, SelectiveAccuracy
 
 REJECTED = np.arange(0, 51) / 100
@@ -23,6 +26,36 @@ def auroc(id_uncertainty: Array, ood_uncertainty: Array) -> float:
     roc_auc_score = require("sklearn.metrics", "scikit-learn").roc_auc_score
     is_ood = np.r_[np.zeros(len(inside), bool), np.ones(len(outside), bool)]
     return float(roc_auc_score(is_ood, np.r_[inside, outside]))
+
+
+def aupr_out(id_uncertainty: Array, ood_uncertainty: Array) -> float:
+    """Average precision with OOD as the positive class, 0 to 1; chance is M / (N + M): see `AveragePrecision`."""
+    return float(AveragePrecision(id_uncertainty, ood_uncertainty, "ood").value())
+
+
+def aupr_in(id_uncertainty: Array, ood_uncertainty: Array) -> float:
+    """Average precision with ID as the positive class, 0 to 1; chance is N / (N + M): see `AveragePrecision`."""
+    return float(AveragePrecision(id_uncertainty, ood_uncertainty, "id").value())
+
+
+def fpr95(id_uncertainty: Array, ood_uncertainty: Array) -> float:
+    """Share of ID images [N] flagged where 95 % of the OOD images [M] are: 0 to 1, lower is better; see `Fpr95`."""
+    return float(Fpr95(id_uncertainty, ood_uncertainty).value())
+
+
+def ood_accepted_at_95_id(id_uncertainty: Array, ood_uncertainty: Array) -> float:
+    """Share of OOD images [M] accepted where 95 % of the ID images [N] are: 0 to 1; see `OodAcceptedAt95Id`."""
+    return float(OodAcceptedAt95Id(id_uncertainty, ood_uncertainty).value())
+
+
+def scod_auroc(id_uncertainty: Array, wrong: Array, ood_uncertainty: Array) -> float:
+    """Chance that a mistake [N, where `wrong`] or an OOD image [M] is less certain than a right answer; `ScodAuroc`."""
+    return float(ScodAuroc(id_uncertainty, wrong, ood_uncertainty).value())
+
+
+def scod_aurc(id_uncertainty: Array, wrong: Array, ood_uncertainty: Array) -> float:
+    """Area under the risk-coverage curve of ID [N] and OOD [M] together, accepted OOD being a mistake; `ScodAurc`."""
+    return float(ScodAurc(id_uncertainty, wrong, ood_uncertainty).value())
 
 
 def spearman(x: Array, y: Array) -> float:
@@ -76,6 +109,32 @@ def ece(confidence: Array, correct: Array, bins: int = 15) -> float:
     return float(Ece(confidence, correct, bins).value())
 
 
+def adaptive_ece(confidence: Array, correct: Array, bins: int = 15) -> float:
+    """Expected calibration error with bins of equal mass, 0 to 1; see `calibration_statistics.AdaptiveEce`."""
+    return float(AdaptiveEce(confidence, correct, bins).value())
+
+
+def smooth_ece(confidence: Array, correct: Array) -> float:
+    """Calibration error without bins, 0 to 1; see `calibration_statistics.SmoothEce`."""
+    return float(SmoothEce(confidence, correct).value())
+
+
+def classwise_ece(log_probability: Array, label: Array, bins: int = 15) -> float:
+    """Mean over classes of their calibration error, 0 to 1; see `calibration_statistics.ClasswiseEce`."""
+    return float(ClasswiseEce(log_probability, label, bins).value())
+
+
+def brier(log_probability: Array, label: Array) -> float:
+    """Brier's score summed over classes, mean over images: 0 to 2. Logits or log-probabilities [N, C], int [N]."""
+    return float(brier_per_image(log_probability, label).mean())
+
+
+def brier_decomposition(log_probability: Array, label: Array, bins: int = 15) -> dict[str, float]:
+    """The Brier score and its parts by name; see `calibration_statistics.BrierParts`."""
+    parts = BrierParts(log_probability, label, bins)
+    return dict(zip(parts.NAMES, map(float, parts.value()), strict=True))
+
+
 def accuracy_rejection_curve(uncertainty: Array, correct: Array, rejected: Array = REJECTED) -> np.ndarray:
     """Accuracy of what is kept, float64 [K], when the share `rejected` [K] with the highest uncertainty is rejected.
 
@@ -89,12 +148,16 @@ def aurc(uncertainty: Array, wrong: Array) -> float:
     return float(Aurc(uncertainty, wrong).value())
 
 
-def check_labels(logits: np.ndarray, label: np.ndarray) -> None:
-    """Raises DataError unless logits are [N, C] and labels are whole numbers [N] in 0..C-1."""
-    if logits.ndim != 2 or label.shape != (len(logits),):
-        raise DataError(f"logits [N, C] and labels [N] are expected; these are {logits.shape} and {label.shape}")
-    if label.dtype.kind not in "iub" or label.min() < 0 or label.max() >= logits.shape[1]:
-        raise DataError(
-            f"labels must be whole numbers from 0 to {logits.shape[1] - 1}; "
-            f"these are {label.dtype} from {label.min()} to {label.max()}"
-        )
+def excess_aurc(uncertainty: Array, wrong: Array) -> float:
+    """AURC less that of the best order, 0 to 1, lower is better; see `selective_statistics.ExcessAurc`."""
+    return float(ExcessAurc(uncertainty, wrong).value())
+
+
+def augrc(uncertainty: Array, wrong: Array) -> float:
+    """Area under the generalised risk-coverage curve, 0 to 1/2, lower is better; see `selective_statistics.Augrc`."""
+    return float(Augrc(uncertainty, wrong).value())
+
+
+def accuracy_at_coverage(uncertainty: Array, correct: Array, coverage: Array) -> np.ndarray:
+    """Accuracy of the most certain share, float64 [K]; `coverage` [K] above 0 and up to 1."""
+    return AccuracyAtCoverage(uncertainty, correct, coverage).value()

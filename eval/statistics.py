@@ -110,8 +110,14 @@ class Ece(Statistic):
         if bins < 1:
             raise OptionError(f"bins={bins} was given; expected at least 1")
         self.sizes = (len(c),)
-        self.gap = np.zeros((len(c), bins))  # correct - confidence, in the row's bin
-        self.gap[np.arange(len(c)), np.clip(np.ceil(c * bins).astype(int) - 1, 0, bins - 1)] = right - c
+        place = self.places(c, bins)
+        self.gap = np.zeros((len(c), place.max() + 1))  # correct - confidence, in the row's bin
+        self.gap[np.arange(len(c)), place] = right - c
+
+    @staticmethod
+    def places(confidence: np.ndarray, bins: int) -> np.ndarray:
+        """The bin of each row, int [N]."""
+        return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
     def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
         return np.abs(counts[0] @ self.gap).sum(1) / counts[0].sum(1)
@@ -128,7 +134,7 @@ class Aurc(Statistic):
     """
 
     def __init__(self, uncertainty: Array, wrong: Array) -> None:
-        self.kept = _Kept(uncertainty, wrong)
+        self.kept = Kept(uncertainty, wrong)
         self.sizes = (len(self.kept.order),)
 
     def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
@@ -154,7 +160,7 @@ class SelectiveAccuracy(Statistic):
         self.rejected = finite("rejected", rejected)
         if self.rejected.min() < 0 or self.rejected.max() >= 1:
             raise OptionError("the shares to reject must be at least 0 and below 1")
-        self.kept = _Kept(uncertainty, correct)
+        self.kept = Kept(uncertainty, correct)
         self.sizes = (len(self.kept.order),)
 
     def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
@@ -172,7 +178,7 @@ class SelectiveAccuracy(Statistic):
         return (low_right + step * (high_right - low_right)) / wanted
 
 
-class _Kept:
+class Kept:
     """Rows from the most to the least certain, in groups of equal uncertainty."""
 
     def __init__(self, uncertainty: Array, marked: Array) -> None:
