@@ -109,7 +109,7 @@ class Ece(Statistic):
             raise DataError(f"confidence must lie in 0..1; it lies in {c.min():g}..{c.max():g}")
         if bins < 1:
             raise OptionError(f"bins={bins} was given; expected at least 1")
-        self.sizes = (len(c),)
+        self.sizes, self.confidence, self.correct = (len(c),), c, right
         place = self.places(c, bins)
         self.gap = np.zeros((len(c), place.max() + 1))  # correct - confidence, in the row's bin
         self.gap[np.arange(len(c)), place] = right - c
