@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from posthoc.adapters.predictive import entropy
 from posthoc.eval.baselines import fit_temperature
 from posthoc.eval.metrics import aurc, auroc, confidence_and_correct, ece, nll
 
+GRID = torch.logspace(-2, 8, 61, dtype=torch.float64)
 TEMPERATURES = torch.logspace(-2, 4, 7, dtype=torch.float64)
 STRUCTURES = ("diag", "kron")
 
@@ -96,7 +96,7 @@ class Task:
         part, other = fitting[::2], fitting[1::2]  # curvature on the one, prior and likelihood temperature on the other
         posterior.fit(self.phi, self.weight / scale, self.bias / scale, subset=part, rows="heldout")
         held_out = {"penultimate": self.phi[other], "labels": self.label[other]}
-        posterior.optimize_prior_precision("heldout", **held_out, temperatures=TEMPERATURES)
+        posterior.optimize_prior_precision("heldout", **held_out, grid=GRID, temperatures=TEMPERATURES)
         return posterior.float().predict(torch.from_numpy(self.phi[rows]))
 
 
@@ -151,7 +151,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    warnings.simplefilter("default")
     arguments.output.mkdir(parents=True, exist_ok=True)
     tiny = photos(arguments.shared, "tiny_imagenet_val")
     index = imagenet_index(tiny.features["label"].names)
