@@ -1,0 +1,155 @@
+"""Detectors on Gaussian classes: all tell far data from near, none sees a scored row, and what is missing is named."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from posthoc import PosthocError
+from posthoc.eval import baselines, detectors, metrics
+from posthoc.eval.detectors import DETECTORS, Training, augmented, ensemble, fit_detectors, last_layer
+
+CLASSES, DIM = 4, 8
+
+
+def world(n=400, seed=0, spread=0.5):
+    """Features of a network with four classes on four of its axes, and the last layer that reads them."""
+    rng = np.random.default_rng(seed)
+    label = np.arange(n) % CLASSES
+    f = np.abs(rng.normal(size=(n, DIM)) * spread)
+    f[np.arange(n), label] += 4
+    weight = np.eye(CLASSES, DIM) * 2 - 0.2
+    return f.astype(np.float32), label, weight.astype(np.float32), np.zeros(CLASSES, np.float32)
+
+
+def unseen(n=200, seed=1):
+    """Small features, mostly on the axes no class uses."""
+    rng = np.random.default_rng(seed)
+    f = np.abs(rng.normal(size=(n, DIM)) * 0.3)
+    f[:, CLASSES:] += 1.2
+    return f.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit_detectors(Training(*world()))
+
+
+def test_all_detectors_are_fitted(fitted):
+    assert fitted.left_out == {}
+    assert set(fitted.fitted) == set(DETECTORS)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_each_gives_unseen_data_the_higher_score(fitted, name):
+    inside, outside = fitted.scores(world(seed=5)[0]), fitted.scores(unseen())
+    assert inside[name].dtype == np.float32
+    assert inside[name].shape == (400,)
+    assert metrics.auroc(inside[name], outside[name]) > (0.8 if name == "OpenMax" else 0.9)
+
+
+def test_a_score_depends_on_its_own_row_alone(fitted):
+    x = unseen(7)
+    together, alone = fitted.scores(x), fitted.scores(x[3:4])
+    for name in DETECTORS:
+        assert together[name][3] == pytest.approx(alone[name][0], rel=1e-4, abs=1e-5)
+
+
+def test_what_is_left_out_repeats_a_baseline():
+    from pytorch_ood import detector
+
+    f, label, weight, bias = world()
+    x = unseen(50)
+    z = detectors._tensor(x @ weight.T + bias)
+    for name, ours in {
+        "MaxSoftmax": baselines.max_softmax(z) - 1, "Entropy": baselines.entropy(z), "EnergyBased": baselines.energy(z),
+        "MaxLogit": baselines.max_logit(z),
+    }.items():  # fmt: skip
+        theirs = getattr(detector, name)(None).predict_logits(z).numpy()
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    knn = detector.KNN(None, k=20).fit_features(detectors._tensor(f), detectors._tensor(label))
+    theirs = knn.predict_features(detectors._tensor(x)).numpy()
+    assert baselines.knn(x, f, k=20) == pytest.approx(theirs**2 / 2, abs=1e-5)  # |a - b|^2 = 2 (1 - cos)
+
+
+def test_mahalanobis_and_gmm_are_their_formulas(fitted):
+    from scipy.special import logsumexp
+    from scipy.stats import multivariate_normal
+
+    f, label, *_ = world()
+    x = unseen(20)
+    means = [f[label == k].mean(0) for k in range(CLASSES)]
+    centred = f - np.stack(means)[label]
+    precision = np.linalg.inv(centred.T @ centred + 1e-6 * np.eye(DIM))
+    distance = np.min([np.einsum("nd,de,ne->n", x - m, precision, x - m) for m in means], axis=0)
+    found = fitted.scores(x)
+    ratio = found["Mahalanobis"] / distance
+    assert ratio == pytest.approx(np.full(20, ratio[0]), rel=1e-3)
+    parts = [
+        multivariate_normal(m, np.cov(f[label == k].T, bias=True) + 1e-6 * np.eye(DIM)).logpdf(x)
+        for k, m in enumerate(means)
+    ]
+    assert found["GMM"] == pytest.approx(-logsumexp(np.stack(parts) - np.log(CLASSES), axis=0), rel=1e-3)
+
+
+def test_the_last_layer_is_read_from_features_and_logits():
+    f, _, weight, bias = world()
+    found = last_layer(f, f @ weight.T + bias + 3)
+    assert found[0] == pytest.approx(weight, abs=1e-4)
+    assert found[1] == pytest.approx(bias + 3, abs=1e-3)
+    with pytest.raises(PosthocError, match="no linear function"):
+        last_layer(f, np.abs(f @ weight.T) ** 2)
+    with pytest.raises(PosthocError, match="more rows than dimensions"):
+        last_layer(f[:5], (f @ weight.T)[:5])
+
+
+def test_one_that_cannot_be_fitted_is_left_out_and_says_why():
+    f, label, weight, bias = world()
+    never = np.where(label == 2, 3, label)  # class 2 never occurs
+    found = fit_detectors(Training(f, never, weight, bias), ["Mahalanobis", "GEN"])
+    assert list(found.fitted) == ["GEN"]
+    assert found.left_out["Mahalanobis"]
+
+
+def test_views_are_averaged():
+    rng = np.random.default_rng(0)
+    views = rng.normal(size=(5, 3, 4))
+    wanted = baselines.entropy(views.reshape(15, 4)).reshape(5, 3).mean(1)
+    assert augmented(baselines.entropy, views) == pytest.approx(wanted)
+    with pytest.raises(PosthocError, match="views=V"):
+        augmented(baselines.entropy, views[0])
+
+
+def test_an_ensemble_has_no_units():
+    rng = np.random.default_rng(0)
+    held, scores = rng.normal(size=(2, 200)), rng.normal(size=(2, 30))
+    found = ensemble(list(scores), list(held))
+    assert found == pytest.approx(ensemble([scores[0] * 1000, scores[1]], [held[0] * 1000, held[1]]))
+    assert found[0] == pytest.approx(np.mean([(held[k] <= scores[k, 0]).mean() for k in range(2)]))
+    with pytest.raises(PosthocError, match="held-out scores"):
+        ensemble([scores[0]], [])
+    with pytest.raises(PosthocError, match="different numbers"):
+        ensemble([scores[0], scores[1][:3]], list(held))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f, y, w, b: Training(f[:, :3], y, w, b), "weight"),
+        (lambda f, y, w, b: Training(f * np.nan, y, w, b), "not finite"),
+        (lambda f, y, w, b: Training(f, y + 1, w, b), "from 0 to 3"),
+        (lambda f, y, w, b: fit_detectors(Training(f, y, w, b), ["Mahalanobi"]), "Mahalanobis"),
+        (lambda f, y, w, b: fit_detectors(Training(f, y, w, b), ["GEN"]).scores(f[:, :3]), "fitted were 8"),
+    ],
+)
+def test_bad_input_is_one_clear_error(change, message):
+    with pytest.raises(PosthocError, match=message):
+        change(*world(40))
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_ood.detector", None)
+    with pytest.raises(PosthocError, match=r"pytorch-ood.*posthoc\[eval\]"):
+        fit_detectors(Training(*world(40)))
