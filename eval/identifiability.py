@@ -79,8 +79,8 @@ def mean_correlation(representation: Array, latent: Array, *, ranks: bool = Fals
         raise DataError(f"{z.shape[1]} latents cannot be matched to {h.shape[1]} dimensions one to one")
     _not_constant("latent", z)
     _not_constant("representation", h)
-    both = [rankdata(v, axis=0) if ranks else v for v in (z, h)]
-    strength = np.abs(np.corrcoef(*both, rowvar=False)[: z.shape[1], z.shape[1] :])
+    x, y = (rankdata(v, axis=0) if ranks else v for v in (z, h))
+    strength = np.abs(np.corrcoef(x, y, rowvar=False)[: z.shape[1], z.shape[1] :])
     row, column = linear_sum_assignment(-strength)
     return float(strength[row, column].mean()), column
 
