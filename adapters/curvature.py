@@ -116,10 +116,9 @@ class KronCurvature(_Independent):
 
     def sums(self, phi: Tensor, p: Tensor | None) -> Sums:
         """sum phi phi^T [P, P] and sum G [C, C]."""
-        inner = phi.T @ phi
         if p is None:
-            return inner, len(phi) * torch.eye(self.classes).to(phi)
-        return inner, torch.diag(p.sum(0)) - p.T @ p
+            return _gram(phi), len(phi) * torch.eye(self.classes).to(phi)
+        return _gram(phi), torch.diag(p.sum(0)) - _gram(p)
 
     def assign(self, sums: Sums, count: int) -> None:
         self.input_values, self.input_vectors = _eigh(sums[0] / count)
@@ -330,6 +329,16 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         torch.set_num_threads(threads)
     return values.clamp(min=0.0), vectors
+
+
+def _gram(x: Tensor, block: int = 256) -> Tensor:
+    """x^T x, the half of it that is needed computed and mirrored."""
+    product = x.new_empty(x.shape[1], x.shape[1])
+    for start in range(0, len(product), block):
+        rows = x[:, start : start + block].T @ x[:, start:]
+        product[start : start + block, start:] = rows
+        product[start:, start : start + block] = rows.T
+    return product
 
 
 def _restored(values: Tensor, vectors: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class LastLayerPosterior(nn.Module):
             p(y | f / T), fit with weight / T and bias / T.
         likelihood: "classification" (softmax) or "regression" (Gaussian noise of standard deviation `sigma_noise`).
 
-    `fit` multiplies in the precision of the rows (at least float32), sums and keeps float64; `.float()` makes it small
+    `fit` takes logits in the precision of the rows (at least float32), all else in float64; `.float()` makes it small
     and quick. Outputs are differentiable in their inputs.
     """
 
@@ -134,10 +134,11 @@ class LastLayerPosterior(nn.Module):
         loss = weight.new_zeros(()) if targets is not None else weight.new_tensor(math.nan)
         subset = np.arange(len(penultimate)) if subset is None else np.asarray(subset)
         for at, phi in chunks(penultimate, subset, curvature.width, weight.device):
-            logits = nn.functional.linear(phi, weight.to(phi), None if bias is None else bias.to(phi))
-            squares += phi.double().square().sum()
-            sums = [one.double() for one in curvature.sums(phi, torch.softmax(logits, dim=-1) if softmax else None)]
-            total = sums if not total else [a.add_(b) for a, b in zip(total, sums, strict=True)]
+            logits = nn.functional.linear(phi, weight.to(phi), None if bias is None else bias.to(phi)).double()
+            phi = phi.double()  # directions without curvature would show the rounding of single precision, times N
+            squares += phi.square().sum()
+            sums = curvature.sums(phi, torch.softmax(logits, dim=-1) if softmax else None)
+            total = list(sums) if not total else [a.add_(b) for a, b in zip(total, sums, strict=True)]
             if targets is not None:
                 loss += loss_sum(logits, targets[at].to(logits.device), softmax)
         count = weight.new_tensor(float(len(subset)))
