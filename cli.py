@@ -1,4 +1,4 @@
-"""The `posthoc` command: demo, fit, predict, info, check, cache."""
+"""The `posthoc` command: demo, fit, predict, eval, info, check, cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -24,6 +24,7 @@ EXAMPLES = {
     "demo": "Example: posthoc demo",
     "fit": "Example: posthoc fit resnet50.a1_in1k photos/ --head kappa loss --output adapter/",
     "predict": "Example: posthoc predict adapter/ new-photos/ --output scores.csv --abstain 0.95",
+    "eval": "Example: posthoc eval ood --id test.npz --ood textures.npz",
     "info": "Example: posthoc info adapter/",
     "check": "Example: posthoc check resnet50.a1_in1k",
     "cache": "Example: posthoc cache --prune --older-than-days 30",
@@ -33,6 +34,21 @@ EXAMPLES = {
 @dataclass
 class Demo:
     """Give a real ImageNet network an uncertainty and check it by eye: unseen classes, blur, errors, and a picture."""
+
+
+EVALUATIONS = ("ood", "calibration", "selective")
+"""What `posthoc eval NAME` runs: the `main` of `posthoc.eval.NAME`."""
+
+
+@dataclass
+class Eval:
+    """Tables with intervals: `posthoc eval ood`, `calibration` or `selective`; each explains itself with --help."""
+
+    what: Annotated[Positional[Literal["ood", "calibration", "selective"]], arg(metavar="WHAT")]
+    """ood, calibration or selective; its own options follow"""
+
+    def run(self) -> None:
+        import_module(f".eval.{self.what}", __package__).main([])
 
 
 @dataclass
@@ -321,7 +337,14 @@ def _spread(held_out: dict[str, Any]) -> str:
 
 
 def _commands() -> Any:
-    commands: dict[str, type] = {"fit": Fit, "predict": Predict, "info": Info, "check": Check, "cache": Cache}
+    commands: dict[str, type] = {
+        "fit": Fit,
+        "predict": Predict,
+        "eval": Eval,
+        "info": Info,
+        "check": Check,
+        "cache": Cache,
+    }
     if find_spec(f"{__package__}.recipes.demo"):
         commands = {"demo": Demo, **commands}
     annotated: Iterable[Any] = [
@@ -336,6 +359,9 @@ def _commands() -> Any:
 def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["demo"]:
         _demo(arguments[1:])
+        return
+    if arguments[:1] == ["eval"] and arguments[1:2] and arguments[1] in EVALUATIONS:
+        import_module(f".eval.{arguments[1]}", __package__).main(arguments[2:])
         return
     description = "posthoc: honest uncertainty for any pretrained vision model, after the fact."
     command = tyro.cli(_commands(), prog="posthoc", description=description, args=arguments)

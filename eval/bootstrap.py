@@ -52,7 +52,7 @@ def bootstrap_curve(
     statistic: Statistic, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> list[Interval]:
     """As `bootstrap`, one pointwise percentile interval for each of the K values of a statistic such as a curve."""
-    (samples,) = _resampled([statistic], resamples, seed)
+    (samples,) = resampled_values([statistic], resamples, seed)
     return _percentile_intervals(_columns(statistic, statistic.value()[None])[0], samples, level)
 
 
@@ -71,7 +71,7 @@ def bootstrap_difference(
     if a.biased or b.biased:
         p, q = (bootstrap(s, resamples=resamples, level=level, seed=seed) for s in (a, b))
         return Interval(p.value - q.value, p.low - q.high, p.high - q.low)
-    first, second = _resampled([a, b], resamples, seed)
+    first, second = resampled_values([a, b], resamples, seed)
     value = _columns(a, a.value()[None]) - _columns(b, b.value()[None])
     (interval,) = _percentile_intervals(value[0], first - second, level)
     return interval
@@ -91,8 +91,8 @@ def _draw(rng: np.random.Generator, rows: int, n: int) -> np.ndarray:
     return np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
 
 
-def _resampled(statistics: Sequence[Statistic], resamples: int, seed: int) -> list[np.ndarray]:
-    """Values [R, K] of each statistic, all counted on the same rows."""
+def resampled_values(statistics: Sequence[Statistic], resamples: int, seed: int) -> list[np.ndarray]:
+    """Values [R, K] of each statistic, all counted on the same resampled rows: subtract them for paired differences."""
     if resamples < 2:
         raise OptionError(f"resamples={resamples} was given; expected at least 2")
     chunks = [[s(counts) for s in statistics] for counts in resampled_counts(statistics[0].sizes, resamples, seed)]
@@ -124,6 +124,11 @@ def _biased_interval(statistic: Statistic, resamples: int, level: float, seed: i
 def _percentile_intervals(value: np.ndarray, samples: np.ndarray, level: float) -> list[Interval]:
     low, high = np.nanquantile(samples, _levels(level), axis=0)
     return [Interval(float(v), float(a), float(b)) for v, a, b in zip(value, low, high, strict=True)]
+
+
+def percentile_interval(value: float, samples: np.ndarray, level: float = 0.95) -> Interval:
+    """The percentile interval of a value from what resamples [R] gave for it; NaN samples are left out."""
+    return _percentile_intervals(np.atleast_1d(np.asarray(value)), samples[:, None], level)[0]
 
 
 def _levels(level: float) -> tuple[float, float]:

@@ -100,10 +100,12 @@ def test_our_errors_are_one_line_and_status_2(arguments: list[str], capsys: pyte
     assert capsys.readouterr().err.startswith("posthoc: ")
 
 
-@pytest.mark.parametrize("command", ["fit", "predict", "info", "check", "cache"])
+@pytest.mark.parametrize(
+    "command", ["fit", "predict", "eval", "eval ood", "eval calibration", "eval selective", "info", "check", "cache"]
+)
 def test_every_help_teaches_by_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert f"Example: posthoc {command}" in capsys.readouterr().out
 
 

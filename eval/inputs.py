@@ -1,0 +1,203 @@
+"""What the commands evaluate: score files, stored features, images through a model; all as one `Scored`.
+
+A score file is .npz or .csv. One-dimensional numbers under any name are scores, higher = less certain, except `label` (class
+indices), `correct` (0/1) and `content` (any key that equal images share). An .npz may also hold `logits` [N, C], `embedding`
+[N, D] and `penultimate` [N, P]. A .csv is what `posthoc predict` writes; `path`, `percentile` and `abstain` are not scores.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..adapters.errors import DataError, OptionError
+from ..adapters.features import Features
+from ..adapters.store import MANIFEST
+from .arrays import Array, as_numpy, finite, truth
+
+TABLES = ("logits", "embedding", "penultimate")
+NOT_SCORES = ("path", "percentile", "abstain")
+
+
+@dataclass
+class Scored:
+    """The images of one set, [N] rows everywhere: scores by name, and what more is known.
+
+    Raises DataError where nothing is given, rows are few or many in one of the arrays (naming the lengths), or values are not
+    finite (naming the rows).
+    """
+
+    name: str
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    label: np.ndarray | None = None
+    correct: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    embedding: np.ndarray | None = None
+    penultimate: np.ndarray | None = None
+    content: Sequence[Any] | None = None
+    model: Any = None
+    features: Features | None = None
+
+    def __post_init__(self) -> None:
+        parts = {f"score {name!r}": values for name, values in self.scores.items()}
+        parts |= {key: getattr(self, key) for key in ("label", "correct", "content", *TABLES)}
+        lengths = {key: len(values) for key, values in parts.items() if values is not None}
+        if not lengths or not max(lengths.values()):
+            raise DataError(f"{self.name} is empty: no scores, features or images")
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{key} {rows}" for key, rows in lengths.items())
+            raise DataError(f"{self.name}: one row for each image is expected, and the lengths differ: {told}")
+        self.rows = next(iter(lengths.values()))
+        for name, values in self.scores.items():
+            finite(f"{self.name}: score {name!r}", values)
+        for key in TABLES:
+            if getattr(self, key) is not None:
+                finite(f"{self.name}: {key}", getattr(self, key), 2)
+        if self.correct is not None:
+            self.correct = truth(f"{self.name}: correct", self.correct)
+        elif self.label is not None and self.logits is not None and self.label.ndim == 1:
+            self.correct = np.asarray(self.logits).argmax(1) == self.label
+
+    def need(self, *what: str) -> None:
+        """Raises DataError unless it has all of `what` ("label", "logits", "correct", ...)."""
+        for key in what:
+            if getattr(self, key) is None:
+                more = " (or labels and logits, from which it follows)" if key == "correct" else ""
+                raise DataError(f"{self.name} has no {key}{more}: this evaluation needs it")
+
+    def keys(self) -> list[Any] | None:
+        """Something equal for equal images: `content`, else the bytes of the embedding or logits; None without any."""
+        if self.content is not None:
+            return list(self.content)
+        table = self.embedding if self.embedding is not None else self.logits
+        return None if table is None else [np.ascontiguousarray(row).tobytes() for row in table]
+
+
+def not_constant(scores: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """Raises DataError for a score, given as its values in every set, that is one and the same number in all of them."""
+    for name, parts in scores.items():
+        if min(part.min() for part in parts) == max(part.max() for part in parts):
+            raise DataError(f"score {name!r} is constant ({parts[0][0]:g} for every image): it ranks nothing")
+
+
+def overlap(a: Scored, b: Scored) -> tuple[list[int], list[int]]:
+    """Rows of a whose image is also in b, and rows of b whose image is also in a (by `Scored.keys`)."""
+    mine, theirs = a.keys(), b.keys()
+    if mine is None or theirs is None:
+        return [], []
+    first, second = set(mine), set(theirs)
+    return [i for i, key in enumerate(mine) if key in second], [i for i, key in enumerate(theirs) if key in first]
+
+
+def read(place: str | Path, model: Any = None, split: str = "test") -> Scored:
+    """One set from a score file, a folder of stored features, or images for `model` (see `open_model`).
+
+    Raises DataError for what cannot be read, OptionError where images are given without a model.
+    """
+    path = Path(place).expanduser()
+    name = path.stem if path.suffix in (".npz", ".csv") else path.name or str(place)
+    if path.suffix in (".npz", ".csv"):
+        if not path.is_file():
+            raise DataError(f"there is no file {place}")
+        return (_from_npz if path.suffix == ".npz" else _from_csv)(path, name)
+    if (path / MANIFEST).is_file():
+        return from_features(name, Features.load(path), model)
+    if model is None:
+        raise OptionError(f"{place} is neither a score file (.npz, .csv) nor stored features; for images give --model")
+    from ..adapters.data import open_source
+
+    backbone = getattr(model, "backbone", model)
+    return from_features(name, backbone.extract(open_source(str(place), split)), model)
+
+
+def open_model(name: str | None, checkpoint: Path | None = None, device: str | None = None) -> Any:
+    """An adapter's `UncertainModel` where `name` is its folder, else the backbone of that timm name; None for None.
+
+    `checkpoint`: local weights of the backbone (.safetensors or .pth). Raises OptionError for a checkpoint without a name.
+    """
+    if name is None:
+        if checkpoint is not None:
+            raise OptionError("--checkpoint was given without --model: whose weights are these?")
+        return None
+    from ..adapters.backbone import build_backbone
+    from ..adapters.files import CONFIG_NAME, read_config
+
+    if not (Path(name) / CONFIG_NAME).is_file():
+        return build_backbone(name, checkpoint=checkpoint, device=device)
+    from ..adapters.model import load
+
+    own = None if checkpoint is None else build_backbone(read_config(Path(name)).backbone.name, checkpoint=checkpoint)
+    return load(name, None, own, device=device)
+
+
+def from_features(name: str, features: Features, model: Any = None) -> Scored:
+    """Features (views: their mean) and, where `model` is fitted, the scores of its heads."""
+    tables: dict[str, Any] = {key: _one_view(getattr(features, key)) for key in TABLES}
+    scores = head_scores(model, features) if hasattr(model, "heads") else {}
+    return Scored(name, scores, features.label, None, model=model, features=features, **tables)
+
+
+def head_scores(model: Any, features: Features) -> dict[str, np.ndarray]:
+    """The uncertainty of every head on stored features without views, float32 [N], by the head's name."""
+    import torch
+
+    from ..adapters.scoring import feature_batches
+
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in model.heads}
+    for _, batch in feature_batches(features, np.arange(len(features)), model.device):
+        with torch.no_grad():
+            prediction = model.answer(batch)
+        for name in model.heads:
+            parts[name].append(prediction[name].uncertainty.cpu().numpy())
+    return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+def from_arrays(name: str, arrays: Mapping[str, Array]) -> Scored:
+    """A set from arrays by name, as in an .npz score file."""
+    given = {key: as_numpy(values) for key, values in arrays.items()}
+    known: dict[str, Any] = {key: given.pop(key) for key in ("label", "correct", "content", *TABLES) if key in given}
+    scores = {key: values for key, values in given.items() if key not in NOT_SCORES and values.dtype.kind in "fiub"}
+    for key, values in scores.items():
+        if values.ndim != 1:
+            raise DataError(f"{name}: score {key!r} has shape {values.shape}; one number for each image is expected")
+    return Scored(name, scores, **known)
+
+
+def _from_npz(path: Path, name: str) -> Scored:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return from_arrays(name, {key: file[key] for key in file.files})
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _from_csv(path: Path, name: str) -> Scored:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns: dict[str, np.ndarray] = {}
+    for key in rows[0] if rows else ():
+        words = [row[key] for row in rows]
+        if key in NOT_SCORES or not any(words):
+            continue
+        if key == "content":
+            columns[key] = np.array(words)
+            continue
+        if key in ("label", "correct"):
+            words = [{"true": "1", "false": "0"}.get(word.lower(), word) for word in words]
+        try:
+            values = np.array([float(word) if word else np.nan for word in words])
+        except ValueError:
+            if key != "label":
+                raise DataError(f"{path}: column {key!r} holds words; scores are numbers") from None
+            values = np.unique(words, return_inverse=True)[1].astype(np.float64)
+        columns[key] = values.astype(np.int64) if key == "label" and np.isfinite(values).all() else values
+    return from_arrays(name, columns)
+
+
+def _one_view(table: np.ndarray | None) -> np.ndarray | None:
+    return table if table is None or table.ndim == 2 else table.mean(1)
