@@ -208,11 +208,11 @@ class FullCurvature(Curvature):
     def __init__(self, inputs: int, classes: int, bias: bool) -> None:
         super().__init__(inputs, classes, bias)
         size = classes * (inputs + bias)
-        needed = 3 * 8 * size**2  # the sums, their eigenvectors and the solver's room, in float64
+        needed = 6 * 8 * size**2  # the sums, a chunk's, eigenvectors and the solver's room, in float64
         if needed > FULL_BYTES:
             raise OptionError(
                 f"structure='full' of {classes} classes and {inputs} inputs has {size} parameters and would allocate "
-                f"{needed / 2**30:.1f} GiB for matrices of {size} x {size} (limit {FULL_BYTES / 2**30:.0f} GiB): use "
+                f"some {needed / 2**30:.1f} GiB for matrices of {size} x {size} (limit {FULL_BYTES / 2**30:.0f} GiB): use "
                 "structure='kron' or 'diag'"
             )
         self.register_buffer("values", torch.zeros(size))
@@ -223,7 +223,7 @@ class FullCurvature(Curvature):
         return len(self.values)
 
     def _with_one(self, phi: Tensor) -> Tensor:
-        return torch.cat([phi, phi.new_ones(len(phi), 1)], 1) if self.bias else phi
+        return torch.cat([phi, torch.ones_like(phi[:, :1])], 1) if self.bias else phi
 
     def sums(self, phi: Tensor, p: Tensor | None) -> Sums:
         """[K, K]."""
@@ -258,7 +258,7 @@ class FullCurvature(Curvature):
 
     def precision(self, prior: Tensor, factor: float | Tensor) -> Tensor:
         """[K, K] of the posterior."""
-        return factor * _restored(self.values, self.vectors) + torch.diag(self._each(prior))
+        return factor * _restored(self.values.double(), self.vectors.double()) + torch.diag(self._each(prior).double())
 
     def log_det_ratio(self, prior: Tensor, factor: float | Tensor) -> Tensor:
         if _is_scalar(prior):
@@ -277,30 +277,38 @@ class FullCurvature(Curvature):
         return self._with_one(phi)
 
     def spread(self, projected: Tensor, prior: Tensor, factor: float) -> Tensor:
+        # the direction no class feels has only the prior: in single precision its variance would swamp the others
+        projected, prior = projected.double(), prior.double()
         if _is_scalar(prior):
-            root, weight = self.vectors, 1.0 / (factor * self.values + prior[0])
+            root, weight = self.vectors.double(), 1.0 / (factor * self.values.double() + prior[0])
         else:  # the columns of the inverse transposed Cholesky factor are such a root too
             lower = torch.linalg.cholesky(self.precision(prior, factor))
             identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             root = torch.linalg.solve_triangular(lower, identity, upper=False).T
-            weight = torch.ones_like(self.values)
+            weight = torch.ones_like(self.values, dtype=torch.float64)
         root = root.view(self.classes, projected.shape[1], -1)
-        parts = []
-        for rows in projected.split(max(1, 2**22 // max(1, root.numel() // projected.shape[1]))):
-            part = torch.einsum("bp,cpk->bck", rows, root)
-            parts.append((part * weight) @ part.transpose(1, 2))
-        return torch.cat(parts) if parts else projected.new_zeros(0, self.classes, self.classes)
+        step = max(1, 2**22 // max(1, root.numel() // projected.shape[1]))
+        whole = (
+            torch.compiler.is_compiling() or len(projected) <= step
+        )  # an exported graph keeps its batch in one piece
+        parts = [self._covariance(part, root, weight) for part in ([projected] if whole else projected.split(step))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def _covariance(projected: Tensor, root: Tensor, weight: Tensor) -> Tensor:
+        part = torch.einsum("bp,cpk->bck", projected, root)
+        return (part * weight) @ part.transpose(1, 2)
 
     def logit_variance(self, spread: Tensor) -> Tensor:
-        return spread.diagonal(dim1=1, dim2=2)
+        return spread.diagonal(dim1=1, dim2=2).to(self.values)
 
     def covariance_sums(self, spread: Tensor) -> Tensor:
-        return spread.sum(2)
+        return spread.sum(2).to(self.values)
 
     def deviations(self, spread: Tensor, draws: Tensor) -> Tensor:
-        size = self.logit_variance(spread).mean(1)[:, None, None]
+        size = spread.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp(min=1e-30)
         floor = size * torch.finfo(spread.dtype).eps * 10.0 * torch.eye(self.classes).to(spread)
-        return draws @ torch.linalg.cholesky(spread + floor).transpose(1, 2)
+        return (draws.to(spread) @ torch.linalg.cholesky(spread + floor).transpose(1, 2)).to(self.values)
 
 
 CURVATURES: dict[str, type[Curvature]] = {"kron": KronCurvature, "diag": DiagCurvature, "full": FullCurvature}
@@ -314,7 +322,8 @@ def curvature_class(structure: str) -> type[Any]:
 
 
 def _is_scalar(prior: Tensor) -> bool:
-    return prior.ndim == 1 and bool(prior[0] == prior[1])
+    """Whether one precision is meant for all; so it is in what gets compiled or exported, where data cannot be asked."""
+    return prior.ndim == 1 and (torch.compiler.is_compiling() or bool(prior[0] == prior[1]))
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

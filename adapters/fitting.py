@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from .blurring import blurred_embeddings
 from .checks import check_classes, check_features
@@ -19,6 +20,7 @@ from .features import Features
 from .heads.base import FitData, Head
 from .scores import HeldOutScores
 from .scoring import decisions, score
+from .source_loader import load_image
 from .splits import held_out_mask
 from .training import TrainOptions
 
@@ -210,7 +212,7 @@ def _ready_size(backbone: Backbone, source: Source | None) -> dict[str, list[int
     known = backbone.preprocessing.get("input_size")
     if (known and None not in known) or source is None:
         return {}
-    image = next(iter(source.stream())).image
-    if backbone.transform is not None:
+    image = load_image(next(iter(source.stream())).image)
+    if backbone.transform is not None and not isinstance(image, Tensor):
         return {"input_size": list(backbone.prepare([image]).shape[1:])}
     return {"input_size": list(image.shape)} if hasattr(image, "shape") and len(image.shape) == 3 else {}

@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 
 from .errors import DataError, OptionError
-from .laplace_rows import Rows, check_targets, chunks
+from .laplace_rows import Rows, check_targets, chunks, signature
 from .predictive import PROBIT
 
 if TYPE_CHECKING:
     from .laplace import LastLayerPosterior
 
 BLOCK = 1 << 20  # outputs of all precisions looked at together: what a cache holds
-SPACING = (
-    0.25  # decades between computed precisions: combined variances are right to 5e-5 of themselves, losses to some 1e-6
-)
+SPACING, NEAREST = 0.25, 12  # decades between computed precisions, and how many of them make one
 
 
 def best_on_held_out(
@@ -39,6 +37,7 @@ def best_on_held_out(
     grid = torch.logspace(-4, 4, 100, dtype=torch.float64) if grid is None else torch.as_tensor(grid).double()
     fixed = torch.tensor([posterior.temperature], dtype=torch.float64)
     temperatures = fixed if temperatures is None else torch.as_tensor(temperatures).double()
+    grid, temperatures = grid.cpu(), temperatures.cpu()
     for name, values in (("grid", grid), ("temperatures", temperatures)):
         if values.ndim != 1 or len(values) == 0 or not bool(((values > 0) & torch.isfinite(values)).all()):
             raise OptionError(f"{name}={values.tolist()} was given; expected a list of positive numbers")
@@ -64,6 +63,7 @@ def held_out_losses(
     softmax = posterior.likelihood == "classification"
     targets = check_targets(penultimate, labels, fitted.inputs, fitted.classes, softmax)
     assert targets is not None
+    _check_other_rows(posterior, penultimate)
     # curvature / T + tau = (curvature + tau T) / T, so a temperature scales another precision's variance
     scale = pairs[:, 1] * posterior.sigma_noise**2
     computed, mix = _combinations(pairs[:, 0] * scale)
@@ -72,10 +72,8 @@ def held_out_losses(
     base = mix.new_tensor(offset)
     small = copy.deepcopy(fitted).float()
     losses = torch.zeros(len(pairs), dtype=torch.float64, device=posterior.weight.device)
-    squares = losses.new_zeros(())
     width = fitted.width + len(computed) * fitted.classes
     for at, phi in chunks(penultimate, np.arange(len(penultimate)), width, posterior.weight.device):
-        squares += phi.double().square().sum()
         projected = small.project(phi.float())
         variances = torch.stack(
             [small.logit_variance(small.spread(projected, projected.new_full((2,), tau), 1.0)) for tau in computed]
@@ -87,26 +85,39 @@ def held_out_losses(
             mixed = torch.addmm(base, mix, block.flatten(1)).view(-1, *block.shape[1:])
             loss = _softmax_losses if softmax else _gaussian_losses
             losses += loss(outputs[i : i + rows], mixed, target[i : i + rows])
-    if len(penultimate) == posterior.n_data and math.isclose(float(squares), posterior.squares, rel_tol=1e-9):
-        raise DataError(
-            f"these {len(penultimate)} rows are those the posterior was fitted on: a prior chosen on held-out loss "
-            "needs others"
-        )
     return losses / len(penultimate)
 
 
+def _check_other_rows(posterior: LastLayerPosterior, penultimate: Rows) -> None:
+    """Refuses the very rows of `fit`, whatever their order, before any work."""
+    count = len(penultimate)
+    if count != posterior.n_data:
+        return
+    parts = chunks(penultimate, np.arange(count), penultimate.shape[1], posterior.weight.device)
+    if math.isclose(sum(float(signature(phi)) for _, phi in parts), posterior.signature, rel_tol=1e-9):
+        raise DataError(
+            f"these {count} rows are those the posterior was fitted on: a prior chosen on held-out loss needs others"
+        )
+
+
 def _combinations(wanted: Tensor) -> tuple[list[float], Tensor]:
-    """Precisions [R] to compute, and the matrix [E, R] that makes of 1 / (l + computed) those at the wanted ones [E]."""
+    """Precisions [R] to compute, and the matrix [E, R] that makes of 1 / (l + computed) those at the wanted ones [E].
+
+    Each is combined of its `NEAREST` computed ones, so that variances of one size are mixed.
+    """
     low, high = float(wanted.min().log10()), float(wanted.max().log10())
     few = max(2, math.ceil((high - low) / SPACING) + 1)
     if few >= len(wanted):
         return wanted.tolist(), torch.eye(len(wanted), dtype=wanted.dtype)
-    computed = torch.logspace(low, high, few, dtype=wanted.dtype)
-    curvature = torch.cat([torch.zeros(1), torch.logspace(low - 6.0, high + 6.0, 12 * few)]).to(wanted)[:, None]
-    # relative errors are made least: (l + wanted) / (l + computed) @ mix = 1
-    ratio = (curvature + wanted[:, None, None]) / (curvature + computed)
-    mix = [np.linalg.lstsq(one, np.ones(len(one)), rcond=1e-12)[0] for one in ratio.numpy()]
-    return computed.tolist(), torch.from_numpy(np.stack(mix))
+    computed = np.logspace(low, high, few)
+    curvature = np.concatenate([[0.0], np.logspace(low - 6.0, high + 6.0, 12 * few)])[:, None]
+    mix = np.zeros((len(wanted), few))
+    for row, tau in zip(mix, wanted.numpy(), strict=True):
+        near = np.argsort(np.abs(np.log(computed / tau)))[:NEAREST]
+        # relative errors are made least: (l + wanted) / (l + computed) @ mix = 1
+        ratio = (curvature + tau) / (curvature + computed[near])
+        row[near] = np.linalg.lstsq(ratio, np.ones(len(ratio)), rcond=1e-12)[0]
+    return computed.tolist(), torch.from_numpy(mix)
 
 
 def _softmax_losses(logits: Tensor, squares: Tensor, target: Tensor) -> Tensor:

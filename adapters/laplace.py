@@ -22,7 +22,7 @@ from .curvature import Curvature, DiagCurvature, FullCurvature, curvature_class
 from .distributed import check_launch
 from .errors import DataError, NotFittedError, OptionError, suggest
 from .heldout_search import best_on_held_out
-from .laplace_rows import Rows, check_layer, check_targets, chunks, loss_sum
+from .laplace_rows import Rows, check_layer, check_targets, chunks, loss_sum, signature
 from .predictive import entropy, laplace_bridge, mean_field, monte_carlo, normal_draws, probit
 from .prior_precision import check_prior, evidence_precision
 
@@ -86,7 +86,7 @@ class LastLayerPosterior(nn.Module):
         if likelihood not in LIKELIHOODS:
             raise OptionError(f"likelihood={likelihood!r} is not known: {suggest(likelihood, LIKELIHOODS)}")
         self.temperature, self.likelihood, self.sigma_noise = float(temperature), likelihood, float(sigma_noise)
-        self.n_data, self.rows, self.squares = 0, "train", 0.0
+        self.n_data, self.rows, self.signature = 0, "train", 0.0
         self.curvature: Curvature | None = None
         self.register_buffer("prior_precision", check_prior(prior_precision))
         self.register_buffer("loss", torch.tensor(math.nan, dtype=torch.float64))
@@ -130,22 +130,24 @@ class LastLayerPosterior(nn.Module):
         self.register_buffer("bias", bias)
         self.prior_precision = self.prior_precision.to(weight)
         total: list[Tensor] = []
-        squares = weight.new_zeros(())
+        signed = weight.new_zeros(())
         loss = weight.new_zeros(()) if targets is not None else weight.new_tensor(math.nan)
         subset = np.arange(len(penultimate)) if subset is None else np.asarray(subset)
+        if len(subset) == 0:
+            raise DataError("subset holds no rows: a posterior needs at least one")
         for at, phi in chunks(penultimate, subset, curvature.width, weight.device):
             logits = nn.functional.linear(phi, weight.to(phi), None if bias is None else bias.to(phi)).double()
             phi = phi.double()  # directions without curvature would show the rounding of single precision, times N
-            squares += phi.square().sum()
+            signed += signature(phi)
             sums = curvature.sums(phi, torch.softmax(logits, dim=-1) if softmax else None)
             total = list(sums) if not total else [a.add_(b) for a, b in zip(total, sums, strict=True)]
             if targets is not None:
                 loss += loss_sum(logits, targets[at].to(logits.device), softmax)
         count = weight.new_tensor(float(len(subset)))
         if across_processes:
-            *total, loss, squares, count = _all_reduce([*total, loss, squares, count])
+            *total, loss, signed, count = _all_reduce([*total, loss, signed, count])
         self.curvature, self.rows, self.loss = curvature, rows, loss
-        self.n_data, self.squares = int(count), float(squares)
+        self.n_data, self.signature = int(count), float(signed)
         curvature.assign(tuple(total), self.n_data)
         return self
 
@@ -174,7 +176,7 @@ class LastLayerPosterior(nn.Module):
         sums = zip(mine.totals(self.n_data), theirs.totals(other.n_data), strict=True)
         both.n_data, both.rows, both.loss = self.n_data + other.n_data, self.rows, self.loss + other.loss
         both.curvature = curvature_class(self.structure)(mine.inputs, mine.classes, mine.bias).to(self.weight)
-        both.squares = self.squares + other.squares
+        both.signature = self.signature + other.signature
         both.fitted().assign(tuple(a + b for a, b in sums), both.n_data)
         return both
 
@@ -189,9 +191,9 @@ class LastLayerPosterior(nn.Module):
         """What the curvature of the unit likelihood is multiplied by: 1 / (sigma_noise^2 temperature)."""
         return 1.0 / (self.sigma_noise**2 * self.temperature)
 
-    def logits(self, penultimate: Tensor) -> Tensor:
+    def logits(self, penultimate: np.ndarray | Tensor) -> Tensor:
         """[B, C] outputs of the layer."""
-        return nn.functional.linear(penultimate.to(self.weight), self.weight, self.bias)
+        return nn.functional.linear(self._inputs(penultimate), self.weight, self.bias)
 
     def log_likelihood(self) -> Tensor:
         """Of the fitting rows, tempered, in nats. Raises DataError when `fit` had no labels."""
@@ -282,7 +284,7 @@ class LastLayerPosterior(nn.Module):
     def optimize_sigma_noise(self, prior_structure: str = "scalar") -> float:
         """For regression: set noise and prior that maximise the marginal likelihood together; returns the noise.
 
-        In turns to convergence: the prior as above, sigma^2 = |residuals|^2 / (N C - effective parameters).
+        In turns to convergence: the prior as above, sigma^2 = |residuals|^2 / temperature / (N C - effective parameters).
         """
         if self.likelihood != "regression":
             raise OptionError("a classifier has no sigma_noise: it is for LastLayerPosterior(likelihood='regression')")
@@ -291,12 +293,12 @@ class LastLayerPosterior(nn.Module):
             before = self.sigma_noise
             self.optimize_prior_precision("marglik", prior_structure)
             free = self.n_data * len(self.weight) - self.effective_parameters()
-            self.sigma_noise = math.sqrt(max(2.0 * float(self.loss) / free, 1e-24))
+            self.sigma_noise = math.sqrt(max(2.0 * float(self.loss) / (self.temperature * free), 1e-24))
             if abs(math.log(self.sigma_noise / before)) < 1e-10:
                 break
         return self.sigma_noise
 
-    def functional_variance(self, penultimate: Tensor) -> Tensor:
+    def functional_variance(self, penultimate: np.ndarray | Tensor) -> Tensor:
         """[B, C] exact variance of each logit under the posterior, for inputs [B, P] of the layer.
 
         Not an uncertainty to rank images by: it grows with |phi|^2, and images a network has not seen often have
@@ -305,7 +307,9 @@ class LastLayerPosterior(nn.Module):
         """
         return self.fitted().logit_variance(self._spread(penultimate))
 
-    def predict(self, penultimate: Tensor, link: str = "probit", *, link_approx: str | None = None) -> Tensor:
+    def predict(
+        self, penultimate: np.ndarray | Tensor, link: str = "probit", *, link_approx: str | None = None
+    ) -> Tensor:
         """[B, C] predictive probabilities for inputs [B, P] of the layer (for regression: the means).
 
         link (laplace-torch: `link_approx`): "probit", "bridge" (Dirichlet), "bridge_norm", "mean-field" or "mc", by
@@ -328,7 +332,7 @@ class LastLayerPosterior(nn.Module):
             return mean_field(logits, variance)
         return laplace_bridge(logits, variance, curvature.covariance_sums(spread), link == "bridge_norm")
 
-    def uncertainties(self, penultimate: Tensor, draws: Tensor | None = None) -> dict[str, Tensor]:
+    def uncertainties(self, penultimate: np.ndarray | Tensor, draws: Tensor | None = None) -> dict[str, Tensor]:
         """Uncertainties [B] of inputs [B, P], higher = less certain, by the names of `KINDS`, from draws of logits.
 
         "predictive_entropy" in nats, the sum of "mutual_information" and "expected_entropy"; "max_probability" is 1
@@ -360,9 +364,13 @@ class LastLayerPosterior(nn.Module):
 
         return from_laplace(other, rows)
 
-    def _spread(self, penultimate: Tensor) -> Tensor:
+    def _spread(self, penultimate: np.ndarray | Tensor) -> Tensor:
         curvature = self.fitted()
-        return curvature.spread(curvature.project(penultimate.to(self.weight)), self.prior_precision, self.factor)
+        return curvature.spread(curvature.project(self._inputs(penultimate)), self.prior_precision, self.factor)
+
+    def _inputs(self, penultimate: np.ndarray | Tensor) -> Tensor:
+        given = penultimate if isinstance(penultimate, Tensor) else torch.from_numpy(np.array(penultimate))
+        return given.to(self.weight)
 
     def _draws(self) -> Tensor:
         return normal_draws(len(self.weight)).to(self.weight)

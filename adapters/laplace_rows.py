@@ -105,6 +105,11 @@ def chunks(array: Rows, subset: np.ndarray, width: int, device: torch.device) ->
         yield rows, x
 
 
+def signature(phi: Tensor) -> Tensor:
+    """A sum over rows that tells sets of rows apart, whatever their order: of squared products with one fixed vector."""
+    return (phi.double() @ torch.arange(1.0, phi.shape[1] + 1.0).to(phi.device).double().cos()).square().sum()
+
+
 def loss_sum(outputs: Tensor, targets: Tensor, softmax: bool) -> Tensor:
     """Summed cross-entropy of logits [n, C], or half the summed squared error."""
     if not softmax:

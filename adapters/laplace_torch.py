@@ -70,6 +70,11 @@ def from_laplace(other: Any, rows: str = "train") -> LastLayerPosterior:
             f"from_laplace takes a fitted KronLLLaplace, DiagLLLaplace or FullLLLaplace; given {type(other).__name__}"
             f"{'' if structure is None else ', which is not fitted'}"
         )
+    if rows not in ("train", "heldout"):
+        raise OptionError(f"rows={rows!r} was given; expected 'train' or 'heldout'")
+    centred = bool((torch.as_tensor(other.prior_mean) == 0).all())
+    if not centred or getattr(other, "damping", False):
+        raise OptionError("from_laplace takes priors of mean 0, and no damping: here every prior has mean 0")
     layer = other.model.last_layer
     weight, bias = layer.weight.detach().double(), None if layer.bias is None else layer.bias.detach().double()
     posterior = LastLayerPosterior(

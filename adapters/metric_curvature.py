@@ -126,7 +126,7 @@ def pair_diagonal(
 ) -> tuple[Tensor, Tensor]:
     """As `hessian_diagonal`, of weighted pairs of the rows of x [N, d_in]: float64 [D, d_in] and [D].
 
-    Sums are taken in float64, as neighbours' own and cross terms nearly cancel.
+    Computed in float64, as neighbours' own and cross terms nearly cancel.
     """
     check_curvature("pair_diagonal", loss)
     _check_layer(x, weight, bias)
@@ -134,6 +134,7 @@ def pair_diagonal(
     touch.index_add_(0, pairs.second, pairs.weight.to(x))
     if loss == "euclidean" and not normalized:
         return _plain(x, len(weight), pairs, touch, cross)
+    x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
     z = nn.functional.linear(x, weight, bias)
     length = z.norm(dim=-1, keepdim=True)
     inverse = torch.where(length > 0, 1.0 / (length + (eps if loss == "euclidean" else 0.0)), 0.0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import DataError, OptionError
+from .errors import DataError, NotFittedError, OptionError
 from .metric_curvature import (
     check_curvature,
     check_scale,
@@ -126,6 +126,8 @@ class MetricPosterior(nn.Module):
             batch_size: rows among which triplets are mined.
         A batch without triplets adds nothing. Raises DataError on rows that do not fit or are not finite.
         """
+        if not bool(self.weight.any()):
+            raise NotFittedError("this MetricPosterior has no layer yet: call take(weight, bias) before fit")
         given = label if position is None else position
         if given is None or (label is not None and position is not None):
             raise DataError("MetricPosterior.fit expects either labels [N] or positions [N, K]")
@@ -136,6 +138,8 @@ class MetricPosterior(nn.Module):
                 f"{len(target)}"
             )
         rows = torch.arange(len(x)) if subset is None else torch.as_tensor(np.asarray(subset))
+        if len(rows) == 0:
+            raise DataError("MetricPosterior.fit got no rows: subset is empty")
         rows = rows[torch.randperm(len(rows), generator=generator)]
         of_weight, of_bias = torch.zeros_like(self.weight).double(), torch.zeros_like(self.bias).double()
         triplets = 0.0

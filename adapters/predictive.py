@@ -56,9 +56,10 @@ def laplace_bridge(logits: Tensor, variance: Tensor, sums: Tensor, normalised: b
             where variances are large (laplace-torch's "bridge_norm").
     Source: Hobbhahn et al., Fast predictive uncertainty for classification, UAI 2022, arXiv 2003.01227.
     """
-    classes, total = logits.shape[1], sums.sum(1, keepdim=True)
+    tiny = torch.finfo(logits.dtype).tiny
+    classes, total = logits.shape[1], sums.sum(1, keepdim=True).clamp(min=tiny)
     mean = logits - sums * logits.sum(1, keepdim=True) / total
-    variance = (variance - sums.square() / total).clamp(min=torch.finfo(variance.dtype).tiny)
+    variance = (variance - sums.square() / total).clamp(min=tiny)
     if normalised:
         scale = variance.mean(1, keepdim=True) / math.sqrt(classes / 2.0)
         mean, variance = mean / scale.sqrt(), variance / scale

@@ -98,10 +98,10 @@ def shared_precision(blocks: list[tuple[Tensor, Tensor]]) -> float:
 
 def own_precisions(curvature: Tensor, theta: Tensor) -> Tensor:
     """Each parameter's own precision under a diagonal curvature h, the root of h = tau theta^2 (h + tau)."""
-    square = theta.square().clamp(min=1e-300)
-    ratio = curvature * square  # tau = 2 / (theta^2 (1 + sqrt(1 + 4 / (h theta^2)))), which does not cancel
+    square = theta.double().square().clamp(min=1e-300)
+    ratio = curvature.double() * square  # tau = 2 / (theta^2 (1 + sqrt(1 + 4 / (h theta^2)))), which does not cancel
     tau = 2.0 / (square * (1.0 + torch.sqrt(1.0 + 4.0 / ratio.clamp(min=1e-300))))
-    return tau.clamp(math.exp(LOG_PRIOR_RANGE[0]), math.exp(LOG_PRIOR_RANGE[1]))
+    return tau.clamp(math.exp(LOG_PRIOR_RANGE[0]), math.exp(LOG_PRIOR_RANGE[1])).to(theta)
 
 
 def joint_precisions(curvature: FullCurvature, factor: float, theta: Tensor, groups: Tensor) -> Tensor:

@@ -261,7 +261,7 @@ def test_options_out_of_range_are_refused(options: dict, message: str) -> None:
 
 def test_full_refuses_what_does_not_fit_and_says_the_size() -> None:
     weight = torch.zeros(1000, 1280)
-    with pytest.raises(OptionError, match=r"1281000 parameters.*36678.3 GiB.*'kron'"):
+    with pytest.raises(OptionError, match=r"1281000 parameters.*73356.7 GiB.*'kron'"):
         LastLayerPosterior("full").fit(torch.zeros(2, 1280), weight, torch.zeros(1000))
 
 
@@ -281,3 +281,30 @@ def test_a_prior_of_another_shape_is_refused() -> None:
         LastLayerPosterior("kron", torch.ones(4, 6)).fit(phi, weight, bias, labels)
     with pytest.raises(OptionError, match="rows='test'"):
         LastLayerPosterior().fit(phi, weight, bias, labels, rows="test")
+
+
+def test_images_without_variance_have_the_classifiers_own_probabilities() -> None:
+    phi, weight, _, _ = problem()
+    nothing = torch.zeros(2, 5, dtype=torch.float64)
+    for structure in STRUCTURES:
+        posterior = LastLayerPosterior(structure).fit(phi, weight)
+        for link in LINKS:
+            torch.testing.assert_close(posterior.predict(nothing, link), torch.full((2, 4), 0.25).double(), msg=link)
+        assert float(posterior.uncertainties(nothing)["mutual_information"].max()) < 1e-9
+
+
+def test_arrays_are_taken_where_tensors_are_and_no_rows_are_refused() -> None:
+    phi, weight, bias, _ = problem()
+    posterior = LastLayerPosterior().fit(phi.numpy(), weight.numpy(), bias.numpy())
+    torch.testing.assert_close(posterior.predict(phi.numpy()), posterior.predict(phi))
+    with pytest.raises(DataError, match="holds no rows"):
+        posterior.fit(phi, weight, bias, subset=np.arange(0))
+
+
+def test_the_full_covariance_stands_single_precision() -> None:
+    """The direction that moves all logits alike has only the prior: its variance, 1 / prior, must not swamp the others."""
+    phi, weight, bias, _ = problem()
+    posterior = LastLayerPosterior("full", 1e-6).fit(phi, weight, bias)
+    exact = posterior.uncertainties(phi[:9])
+    found = posterior.float().uncertainties(phi[:9].float())
+    torch.testing.assert_close(found["mutual_information"].double(), exact["mutual_information"], rtol=5e-3, atol=1e-4)

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -88,6 +89,10 @@ def test_the_held_out_search_is_the_best_of_its_grid(structure: str) -> None:
     combined = held_out_losses(posterior, **held_out, pairs=dense)  # of 33 variances or so, not of 300
     for row in (0, 7, 150, 151, 299):
         assert float(combined[row]) == pytest.approx(loss(*dense[row].tolist()), abs=2e-5)
+    wide = torch.cartesian_prod(grid, torch.logspace(-2, 4, 7, dtype=torch.float64))
+    combined = held_out_losses(posterior, **held_out, pairs=wide)
+    for row in (0, 6, 40, 97):
+        assert float(combined[row]) == pytest.approx(loss(*wide[row].tolist()), abs=1e-4)
     assert min(every.values()) < loss(1e6, 1.0) - 0.05  # it is worth searching for
     with pytest.raises(OptionError, match="rows='heldout'"):
         posterior.optimize_prior_precision()
@@ -101,8 +106,9 @@ def test_the_held_out_search_is_the_best_of_its_grid(structure: str) -> None:
         posterior.optimize_prior_precision("heldout", **held_out, grid=torch.tensor([1e4, 1e5, 1e6]))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_regression_is_bayesian_linear_regression(structure: str) -> None:
+def test_regression_is_bayesian_linear_regression(structure: str, temperature: float) -> None:
     g = torch.Generator().manual_seed(0)
     phi = torch.randn(80, 3, generator=g, dtype=torch.float64)
     truth = torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.0, 3.0]], dtype=torch.float64)
@@ -122,16 +128,29 @@ def test_regression_is_bayesian_linear_regression(structure: str) -> None:
             torch.distributions.MultivariateNormal(torch.zeros(80).double(), kernel).log_prob(y[:, k]) for k in range(2)
         )
         assert float(posterior.log_marginal_likelihood()) == pytest.approx(float(evidence), rel=1e-10)
+    posterior.temperature = temperature
     noise = posterior.optimize_sigma_noise()
     best = posterior.log_marginal_likelihood()
     for factor in (0.95, 1.05):
         posterior.sigma_noise = noise * factor
         assert posterior.log_marginal_likelihood() < best
-    assert noise == pytest.approx(0.3, rel=0.2)
+    assert noise * temperature**0.5 == pytest.approx(0.3, rel=0.2)
     with pytest.raises(OptionError, match="functional_variance"):
         posterior.uncertainties(phi)
     with pytest.raises(DataError, match=re.escape("expected (80, 2)")):
         LastLayerPosterior(structure, likelihood="regression").fit(phi, map_[:, :3], map_[:, 3], y[:, 0])
+
+
+def test_halves_of_features_of_length_one_are_not_taken_for_the_same_rows() -> None:
+    phi, weight, bias, labels = problem(rows=80)
+    phi = torch.nn.functional.normalize(phi, dim=1)
+    posterior = LastLayerPosterior().fit(phi[:40], weight, bias, rows="heldout")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the grid's end
+        posterior.optimize_prior_precision("heldout", penultimate=phi[40:], labels=labels[40:])
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(DataError, match="those the posterior was fitted on"):
+        posterior.optimize_prior_precision("heldout", penultimate=phi[:40][order], labels=labels[:40][order])
 
 
 PROGRAM = """

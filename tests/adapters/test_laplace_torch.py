@@ -145,6 +145,12 @@ def test_from_laplace_refuses_what_has_no_closed_form() -> None:
     every.fit(DataLoader(TensorDataset(phi, target), batch_size=20))
     with pytest.raises(OptionError, match="given DiagLaplace"):
         LastLayerPosterior.from_laplace(every)
+    fitted = theirs("kron", "classification", phi, layer, target)
+    with pytest.raises(OptionError, match="rows='test'"):
+        LastLayerPosterior.from_laplace(fitted, rows="test")
+    fitted.prior_mean = 0.5
+    with pytest.raises(OptionError, match="mean 0"):
+        LastLayerPosterior.from_laplace(fitted)
     unfitted = Laplace(network, "classification", subset_of_weights="last_layer", hessian_structure="diag")
     with pytest.raises(OptionError, match="not fitted"):
         LastLayerPosterior.from_laplace(unfitted)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from posthoc.adapters.errors import DataError, OptionError
+from posthoc.adapters.errors import DataError, NotFittedError, OptionError
 from posthoc.adapters.metric_laplace import MetricPosterior
 from posthoc.adapters.metric_predictive import delta_moments, direction_moments, summarise
 from posthoc.adapters.metric_prior import choose_prior, vote_risk
@@ -261,6 +261,11 @@ def test_wrong_arguments_are_named(generator: torch.Generator) -> None:
     with pytest.raises(OptionError, match=r"\(2, 3\); given \(3, 3\)"):
         posterior.take(torch.zeros(3, 3), None)
     x = torch.randn(5, 3, generator=generator)
+    with pytest.raises(NotFittedError, match="call take"):
+        posterior.fit(x, torch.tensor([0, 1, 0, 1, 0]))
+    posterior.take(torch.eye(2, 3), None)
+    with pytest.raises(DataError, match="no rows"):
+        posterior.fit(x, torch.tensor([0, 1, 0, 1, 0]), subset=[])
     with pytest.raises(DataError, match="either labels"):
         posterior.fit(x)
     with pytest.raises(DataError, match="given \\(5, 3\\) and 4"):

@@ -228,7 +228,7 @@ class _OnPenultimate(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*get_attr.*:UserWarning")  # torch before 2.8, of constants
-@pytest.mark.parametrize("structure", ["kron", "diag"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
 def test_it_exports_with_a_free_batch_and_is_differentiable(structure: str) -> None:
     data = fit_data()
     head = LaplaceHead(structure)
