@@ -88,3 +88,15 @@ def test_readme_snippets_of_an_own_network_run(tmp_path: Path, monkeypatch: pyte
     before = names["model"](images[:4]).uncertainty
     exec(by_network, names)
     assert torch.equal(names["model"](images[:4]).uncertainty, before)
+
+
+def test_laplace_page_shows_probabilities_and_information(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", _page("laplace.md"), flags=re.DOTALL)
+    names: dict = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        exec(compile(snippet, "snippet", "exec"), names)
+    assert capsys.readouterr().out.count("tensor(") == 2
+    posterior, phi = names["posterior"], names["phi"]
+    torch.testing.assert_close(posterior.predict(phi).sum(1), torch.ones(500, dtype=torch.float64))
+    assert posterior.rows == "heldout"
