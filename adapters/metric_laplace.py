@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .curvature import CERTAIN
 from .errors import DataError, NotFittedError, OptionError
 from .metric_curvature import (
     check_curvature,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from .laplace_rows import RowArray
 
 PAIR_COUNTS = ("observed", "images", "all")
-NO_BIAS = 1e30  # curvature that leaves the bias of a layer without one no variance
 BATCH = 256
 
 __all__ = ["MetricEmbedding", "MetricPosterior", "hessian_diagonal"]
@@ -103,7 +103,7 @@ class MetricPosterior(nn.Module):
         self.weight.copy_(weight.detach())
         self.bias.copy_(torch.zeros_like(self.bias) if bias is None else bias.detach())
         self.curvature_weight.fill_(curvature)
-        self.curvature_bias.fill_(NO_BIAS if bias is None else curvature)
+        self.curvature_bias.fill_(CERTAIN if bias is None else curvature)
 
     @torch.no_grad()
     def fit(
@@ -162,7 +162,7 @@ class MetricPosterior(nn.Module):
 
     @property
     def has_bias(self) -> bool:
-        return bool((self.curvature_bias < NO_BIAS).all())
+        return bool((self.curvature_bias < CERTAIN).all())
 
     def batch_curvature(
         self,
@@ -202,7 +202,7 @@ class MetricPosterior(nn.Module):
         prior = self.prior_precision if prior_precision is None else prior_precision
         both = (self.curvature_weight, self.curvature_bias)
         of_weight, of_bias = (1.0 / ((h.clamp(min=0.0) + prior).sqrt() + eps) for h in both)
-        return of_weight, torch.where(self.curvature_bias < NO_BIAS, of_bias, 0.0)
+        return of_weight, torch.where(self.curvature_bias < CERTAIN, of_bias, 0.0)
 
     def sample_weights(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Draws [S, D, d_in] and [S, D] of weight and bias, from standard normal noise [S, D d_in + D]."""
