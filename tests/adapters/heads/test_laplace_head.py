@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import ToTensor
 
+import posthoc
 from posthoc.adapters.backbone import BackboneOutput
 from posthoc.adapters.errors import BackboneError, DataError, NotFittedError, OptionError
 from posthoc.adapters.features import Features
@@ -315,3 +318,31 @@ def test_a_probe_works_on_standardised_features_and_ignores_dead_ones() -> None:
     a = first(BackboneOutput(torch.from_numpy(data.features.embedding[TEST]), None, None))["uncertainty"]
     b = second(BackboneOutput(torch.from_numpy(x[TEST]), None, None))["uncertainty"]
     torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
+
+
+class _Network(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = torch.nn.Conv2d(3, 6, 3), torch.nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.conv(images).relu().mean((2, 3)))
+
+
+def test_an_own_network_is_fitted_on_a_folder_saved_and_loaded(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for k in range(3):
+        (tmp_path / f"images/{k}").mkdir(parents=True)
+        for i in range(30):
+            noise = rng.integers(0, 60, (12, 12, 3)) + np.eye(3, dtype=int)[k] * 150
+            Image.fromarray(noise.astype(np.uint8)).save(tmp_path / f"images/{k}/{i}.png")
+    torch.manual_seed(0)
+    network = _Network()
+    model = posthoc.wrap(network, head="laplace", transform=ToTensor(), classifier="probe").fit(
+        str(tmp_path / "images")
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = posthoc.load(tmp_path / "adapter", backbone=network, transform=ToTensor())
+    one = Image.open(tmp_path / "images/1/3.png")
+    assert torch.equal(loaded(one).uncertainty, model(one).uncertainty)
+    assert int(model(one).probabilities.argmax()) == 1
