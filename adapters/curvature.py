@@ -223,7 +223,7 @@ class FullCurvature(Curvature):
         return len(self.values)
 
     def _with_one(self, phi: Tensor) -> Tensor:
-        return torch.cat([phi, torch.ones_like(phi[:, :1])], 1) if self.bias else phi
+        return nn.functional.pad(phi, (0, 1), value=1.0) if self.bias else phi
 
     def sums(self, phi: Tensor, p: Tensor | None) -> Sums:
         """[K, K]."""
