@@ -11,9 +11,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..adapters.errors import DataError, OptionError
-from .arrays import Array, as_numpy, check_labels, finite, same_rows, truth
-from .statistics import Ece, Mean, Statistic
+from ..adapters.errors import OptionError
+from .arrays import Array, as_numpy, check_labels, finite
+from .statistics import Ece, Mean, Statistic, confidences
 
 
 class AdaptiveEce(Ece):
@@ -45,10 +45,7 @@ class SmoothEce(Statistic):
     def __init__(self, confidence: Array, correct: Array, grid: int = 512) -> None:
         from scipy.sparse import csr_array
 
-        c, right = finite("confidence", confidence), truth("correct", correct)
-        same_rows(confidence=c, correct=right)
-        if c.min() < 0 or c.max() > 1:
-            raise DataError(f"confidence must lie in 0..1; it lies in {c.min():g}..{c.max():g}")
+        c, right = confidences(confidence, correct)
         if grid < 2:
             raise OptionError(f"grid={grid} was given; expected at least 2")
         self.sizes = (len(c),)

@@ -93,6 +93,15 @@ class Spearman(Statistic):
         return np.divide(covariance, scale, out=np.full_like(scale, np.nan), where=scale > 0)
 
 
+def confidences(confidence: Array, correct: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Confidences [N] in 0..1 and whether each prediction is right, bool [N], checked. Raises DataError."""
+    c, right = finite("confidence", confidence), truth("correct", correct)
+    same_rows(confidence=c, correct=right)
+    if c.min() < 0 or c.max() > 1:
+        raise DataError(f"confidence must lie in 0..1; it lies in {c.min():g}..{c.max():g}")
+    return c, right
+
+
 class Ece(Statistic):
     """Expected calibration error of the top class, equal-width bins (Guo et al. 2017): 0 to 1.
 
@@ -103,10 +112,7 @@ class Ece(Statistic):
     biased = True
 
     def __init__(self, confidence: Array, correct: Array, bins: int = 15) -> None:
-        c, right = finite("confidence", confidence), truth("correct", correct)
-        same_rows(confidence=c, correct=right)
-        if c.min() < 0 or c.max() > 1:
-            raise DataError(f"confidence must lie in 0..1; it lies in {c.min():g}..{c.max():g}")
+        c, right = confidences(confidence, correct)
         if bins < 1:
             raise OptionError(f"bins={bins} was given; expected at least 1")
         self.sizes, self.confidence, self.correct = (len(c),), c, right

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -165,3 +166,23 @@ def check_whole(head: str, low: int = 1, **values: int | None) -> None:
     for option, value in values.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
             raise OptionError(f"head {head!r}: {option}={value!r} was given; expected a whole number of at least {low}")
+
+
+@dataclass
+class Standardised:
+    """Rows of an array [N, P], standardised when they are read, so that a memory map stays one."""
+
+    array: np.ndarray
+    center: np.ndarray
+    scale: np.ndarray | np.float32
+    ndim = 2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return (np.asarray(self.array[rows], dtype=np.float32) - self.center) * self.scale

@@ -20,7 +20,7 @@ from ..laplace import LastLayerPosterior
 from ..linear_probe import fit_linear_probe, inverse_deviation
 from ..predictive import entropy, monte_carlo, normal_draws, probit
 from .base import FeatureDims, FitData, Head
-from .common import check_choice, check_positive, moments
+from .common import Standardised, check_choice, check_positive, moments
 
 ROUNDS, SETTLED, REACH = 4, 0.01, 4.0
 PRIOR_FACTORS, CLEARLY = (1.0, 10.0, 1e2, 1e3, 1e4), 0.005
@@ -216,7 +216,7 @@ class LaplaceHead(Head):
         scale = inverse_deviation(std)
         # a dimension that never moved on the fitting rows has the scale 0 and takes no part
         weight, bias = probe.weight * torch.where(scale > 0, 1.0 / scale, 0.0), probe.bias + probe.weight @ mean
-        return _Standardised(f.embedding, mean.numpy(), scale.numpy()), weight, bias, report
+        return Standardised(f.embedding, mean.numpy(), scale.numpy()), weight, bias, report
 
     @torch.no_grad()
     def _take(
@@ -230,33 +230,13 @@ class LaplaceHead(Head):
             self.prior_precision[1] = CERTAIN
         self.curvature.load_state_dict(curvature.state_dict())
         self.temperature.fill_(temperature)
-        if isinstance(rows, _Standardised):
+        if isinstance(rows, Standardised):
             kept = {"weight": weight, "bias": bias, "center": rows.center, "scale": rows.scale}
             for name, value in kept.items():
                 getattr(self, name).copy_(torch.as_tensor(value))
 
 
-@dataclass
-class _Standardised:
-    """Rows of an array [N, P], standardised when they are read, so that a memory map stays one."""
-
-    array: np.ndarray
-    center: np.ndarray
-    scale: np.ndarray
-    ndim = 2
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        return (np.asarray(self.array[rows], dtype=np.float32) - self.center) * self.scale
-
-
-Rows = np.ndarray | _Standardised
+Rows = np.ndarray | Standardised
 
 
 @dataclass

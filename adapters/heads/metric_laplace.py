@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from ..mining import MINERS, check_miner
 from ..positives import FeatureTable
 from ..training import step_generator
 from .base import FeatureDims, FitData, Head
-from .common import check_choice, check_positive, check_whole, fit_key, moments
+from .common import Standardised, check_choice, check_positive, check_whole, fit_key, moments
 
 MOSTLY = 0.95
 
@@ -154,7 +153,7 @@ class MetricLaplaceHead(Head):
                 self.build(data.dims)
                 report |= self._train(data, label)
         generator = step_generator(data.options.seed, 3)
-        rows = _Rows(array, self.center.cpu().numpy(), float(self.gain))
+        rows = Standardised(array, self.center.cpu().numpy(), np.float32(self.gain))
         if not self._config["online"]:
             self.posterior.fit(rows, label, subset=data.train, generator=generator)
         negative = float((self.posterior.curvature_weight < 0).float().mean())
@@ -196,7 +195,9 @@ class MetricLaplaceHead(Head):
         mean, std = moments(array, data.train)
         self.center.copy_(mean)
         self.gain.copy_(1.0 / std.square().mean().sqrt().clamp(min=1e-12))
-        sample = _Rows(array, mean.numpy(), float(self.gain))[data.train[:: max(1, len(data.train) // 20_000)]]
+        sample = Standardised(array, mean.numpy(), np.float32(self.gain))[
+            data.train[:: max(1, len(data.train) // 20_000)]
+        ]
         layer = principal_layer(torch.from_numpy(sample), c["dim"]).to(data.device)
         self.to(data.device)
         table = FeatureTable(array, data.device)
@@ -217,7 +218,9 @@ class MetricLaplaceHead(Head):
         self._keep(layer)
         return result.summary()
 
-    def _prior(self, array: _Rows, label: np.ndarray, data: FitData, generator: torch.Generator) -> dict[str, Any]:
+    def _prior(
+        self, array: Standardised, label: np.ndarray, data: FitData, generator: torch.Generator
+    ) -> dict[str, Any]:
         given = self._config["prior_precision"]
         if given is not None:
             self.posterior.prior_precision.fill_(given)
@@ -228,26 +231,6 @@ class MetricLaplaceHead(Head):
             some = some_rows(rows, count, generator)
             sides += [torch.from_numpy(array[some]).to(device), torch.from_numpy(label[some]).to(device)]
         return choose_prior(self.posterior, sides[0], sides[1], sides[2], sides[3], generator)
-
-
-@dataclass
-class _Rows:
-    """Rows of an array [N, d_in], standardised as they are read, so that a memory map stays one."""
-
-    array: np.ndarray
-    center: np.ndarray
-    gain: float
-    ndim = 2
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        return (np.asarray(self.array[rows], dtype=np.float32) - self.center) * np.float32(self.gain)
 
 
 def _labels(data: FitData) -> np.ndarray:
