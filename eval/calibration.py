@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from ..adapters.errors import DataError
 from .bootstrap import bootstrap, bootstrap_difference
 from .calibration_statistics import AdaptiveEce, Brier, BrierParts, BrierReliability, ClasswiseEce, SmoothEce
-from .command import run_command
+from .command import TableCommand, run_command
 from .inputs import open_model, overlap, read
 from .metrics import confidence_and_correct, nll_per_image
-from .ood import run_tables
 from .scaling import FITS, fit_scaling
 from .statistics import Ece, Mean, Statistic
 from .table import Cell, Table, cell
@@ -81,7 +78,7 @@ def calibration_table(
 
 
 @dataclass
-class Calibration:
+class Calibration(TableCommand):
     """Measure the calibration of a classifier's probabilities; scalings fitted on held-out rows stand beside it.
 
     Example: posthoc eval calibration --data test.npz --held-out validation.npz"""
@@ -92,22 +89,8 @@ class Calibration:
     """labelled images the classifier was not fitted on: temperature, vector and isotonic scaling are fitted on them"""
     model: str | None = None
     """adapter folder or timm name, for images"""
-    checkpoint: Path | None = None
-    """local weights of the backbone, .safetensors or .pth"""
     bins: int = 15
     """of the binned errors"""
-    split: str = "test"
-    """of a hub data set, or of a folder of splits"""
-    resamples: int = 1000
-    """of the bootstrap"""
-    seed: int = 0
-    """of the bootstrap"""
-    format: Literal["text", "markdown", "json"] = "text"
-    """of what is printed"""
-    output: Path | None = None
-    """also write the table there as JSON"""
-    device: str | None = None
-    """default: the CPU"""
 
     def run(self) -> None:
         model = open_model(self.model, self.checkpoint, self.device)
@@ -132,11 +115,7 @@ class Calibration:
         table = calibration_table(
             values, one.label, name=one.name, bins=self.bins, resamples=self.resamples, seed=self.seed
         )
-        run_tables(
-            [Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)],
-            self.format,
-            self.output,
-        )
+        self.show([Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

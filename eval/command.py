@@ -4,9 +4,40 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from ..adapters.errors import PosthocError
+from ..adapters.files import replace_file
+from .table import Table, render
+
+
+@dataclass(kw_only=True)
+class TableCommand:
+    """The options that every evaluation has, and how its tables are shown."""
+
+    checkpoint: Path | None = None
+    """local weights of the backbone, .safetensors or .pth"""
+    split: str = "test"
+    """of a hub data set, or of a folder of splits"""
+    resamples: int = 1000
+    """of the bootstrap"""
+    seed: int = 0
+    """of the bootstrap"""
+    format: Literal["text", "markdown", "json"] = "text"
+    """of what is printed"""
+    output: Path | None = None
+    """also write the tables there as JSON"""
+    device: str | None = None
+    """default: the CPU"""
+
+    def show(self, tables: Sequence[Table]) -> None:
+        """Print the tables and, if asked, write them as JSON."""
+        print(render(tables, self.format))
+        if self.output is not None:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self.output, (render(tables, "json") + "\n").encode())
 
 
 def run_command(options: Any, program: str, arguments: Sequence[str] | None = None) -> None:

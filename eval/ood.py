@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from ..adapters.errors import DataError, OptionError
 from . import baselines
-from .command import run_command
+from .command import TableCommand, run_command
 from .detectors import Training, augmented, fit_detectors, last_layer
 from .inputs import Scored, not_constant, open_model, overlap, read
 from .ood_statistics import OodMetrics, ScodAurc, ScodAuroc
-from .table import Table, fill, render
+from .table import Table, fill
 
 LOWER = ("fpr95", "ood_accepted_at_95_id", "scod_aurc")
 REFERENCE = "max-softmax"
@@ -150,7 +148,7 @@ def check_overlap(inside: Scored, others: Sequence[Scored]) -> list[str]:
 
 
 @dataclass
-class Ood:
+class Ood(TableCommand):
     """Compare how well scores tell OOD images from ID images; every free score and detector stands beside them.
 
     Example: posthoc eval ood --id test.npz --ood tiny-imagenet.npz dtd.npz --far dtd"""
@@ -161,8 +159,6 @@ class Ood:
     """one or several OOD sets, each as --id"""
     model: str | None = None
     """adapter folder (its heads are scored) or timm name (free scores only)"""
-    checkpoint: Path | None = None
-    """local weights of the backbone, .safetensors or .pth"""
     train: str | None = None
     """images or stored features of the training set: kNN and detectors are fitted on them alone"""
     near: tuple[str, ...] = ()
@@ -171,18 +167,6 @@ class Ood:
     """names of sets to mark as far"""
     reference: str = REFERENCE
     """score that paired differences are taken from"""
-    split: str = "test"
-    """of a hub data set, or of a folder of splits"""
-    resamples: int = 1000
-    """of the bootstrap"""
-    seed: int = 0
-    """of the bootstrap"""
-    format: Literal["text", "markdown", "json"] = "text"
-    """of what is printed"""
-    output: Path | None = None
-    """also write the tables there as JSON"""
-    device: str | None = None
-    """default: the CPU"""
 
     def tables(self) -> list[Table]:
         if not self.ood:
@@ -215,15 +199,7 @@ class Ood:
         return made
 
     def run(self) -> None:
-        run_tables(self.tables(), self.format, self.output)
-
-
-def run_tables(tables: Sequence[Table], how: str, output: Path | None) -> None:
-    """Print the tables and, if asked, write them as JSON."""
-    print(render(tables, how))
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(render(tables, "json") + "\n", encoding="utf-8")
+        self.show(self.tables())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from ..adapters.errors import DataError
-from .command import run_command
+from .command import TableCommand, run_command
 from .inputs import Scored, not_constant, open_model, read
-from .ood import REFERENCE, run_tables, score_all
+from .ood import REFERENCE, score_all
 from .selective_statistics import AccuracyAtCoverage, Augrc, ExcessAurc, FailureAuroc
 from .statistics import Aurc
 from .table import Table, fill
@@ -60,7 +58,7 @@ def selective_table(
 
 
 @dataclass
-class Selective:
+class Selective(TableCommand):
     """Compare how well scores tell a classifier's mistakes from its right answers.
 
     Example: posthoc eval selective --data test.npz"""
@@ -69,24 +67,10 @@ class Selective:
     """labelled images: score file (.npz, .csv) with `correct`, or labels and logits; stored features; images with --model"""
     model: str | None = None
     """adapter folder (its heads are scored) or timm name (free scores only)"""
-    checkpoint: Path | None = None
-    """local weights of the backbone, .safetensors or .pth"""
     train: str | None = None
     """images or stored features of the training set: kNN and detectors are fitted on them alone"""
     reference: str = REFERENCE
     """score that paired differences are taken from"""
-    split: str = "test"
-    """of a hub data set, or of a folder of splits"""
-    resamples: int = 1000
-    """of the bootstrap"""
-    seed: int = 0
-    """of the bootstrap"""
-    format: Literal["text", "markdown", "json"] = "text"
-    """of what is printed"""
-    output: Path | None = None
-    """also write the table there as JSON"""
-    device: str | None = None
-    """default: the CPU"""
 
     def run(self) -> None:
         model = open_model(self.model, self.checkpoint, self.device)
@@ -98,11 +82,7 @@ class Selective:
         table = selective_table(
             scores, ~one.correct, name=one.name, reference=self.reference, resamples=self.resamples, seed=self.seed
         )
-        run_tables(
-            [Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)],
-            self.format,
-            self.output,
-        )
+        self.show([Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
