@@ -212,16 +212,19 @@ class MetricPosterior(nn.Module):
 
     def noise(self, samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Standard normal numbers for `sample_weights`, drawn on the CPU so that every device gives the same."""
-        drawn = torch.randn(samples, self.weight.numel() + self.bias.numel(), generator=generator, dtype=torch.float64)
-        return drawn.to(self.weight)
+        size = self.weight.numel() + self.bias.numel()
+        result = torch.empty(samples, size, dtype=self.weight.dtype, device=self.weight.device)
+        for row in result:
+            row.copy_(torch.randn(size, generator=generator, dtype=torch.float64))
+        return result
 
     def embeddings(self, x: Tensor, noise: Tensor) -> Tensor:
         """Unit embeddings [S, B, D] of inputs [B, d_in] under S draws of the weights, the same for all images.
 
         Retrieval needs such joint draws; what is asked of single images does not (`predict`).
         """
-        weight, bias = self.sample_weights(noise)
-        return functional.normalize(torch.einsum("bi,sdi->sbd", x, weight) + bias[:, None], dim=-1)
+        layers = (self.sample_weights(one) for one in noise.split(1))  # one layer is held at a time
+        return torch.stack([functional.normalize(functional.linear(x, w[0], b[0]), dim=-1) for w, b in layers])
 
     def gaussian(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance [B, D] of z for inputs [B, d_in]; its dimensions are independent."""
@@ -238,7 +241,9 @@ class MetricPosterior(nn.Module):
         """
         if samples is None:
             return direction_moments(*self.gaussian(x))
-        return summarise(self.embeddings(x, self.noise(samples, generator)))
+        if samples < 2:
+            raise OptionError(f"predict expects samples >= 2, or None for the closed form; given {samples}")
+        return summarise(torch.cat([self.embeddings(x, self.noise(1, generator)) for _ in range(samples)]))
 
     def log_marginal_likelihood(self, prior_precision: float | Tensor | None = None) -> Tensor:
         """-1/2 [sum log(max(H, 0) + tau) - P log tau + tau |theta|^2], the evidence up to what tau does not change."""

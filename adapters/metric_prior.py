@@ -48,31 +48,25 @@ def choose_prior(
             "label is there: give more rows of a class, a larger validation share, or prior_precision=NUMBER"
         )
     queries, query_label = queries[present], query_label[present]
-    noise = posterior.noise(SAMPLES, generator)
     length = torch.nn.functional.linear(gallery, posterior.weight, posterior.bias).square().sum(-1)
     ratio = len(posterior.bias) * (gallery.square().sum(-1) + float(posterior.has_bias)) / length.clamp(min=1e-12)
     start = math.floor(math.log10(max(float(ratio.median()), 1e-12)))
-    risks: dict[float, float] = {}
-    for decade in DECADES:
-        tau = 10.0 ** (start + decade)
-        posterior.prior_precision.fill_(tau)
-        risks[tau] = vote_risk(posterior, noise, queries, query_label, gallery, gallery_label)
+    votes: dict[float, list[Tensor]] = {10.0 ** (start + decade): [] for decade in DECADES}
+    for _ in range(SAMPLES):
+        noise = posterior.noise(1, generator)  # one draw is held at a time, and serves every decade
+        for tau, cast in votes.items():
+            posterior.prior_precision.fill_(tau)
+            similar = posterior.embeddings(queries, noise)[0] @ posterior.embeddings(gallery, noise)[0].T
+            cast.append(gallery_label[similar.argmax(1)])
+    risks = {tau: vote_risk(torch.stack(cast), query_label) for tau, cast in votes.items()}
     least = min(risks.values())
     chosen = min(tau for tau, risk in risks.items() if risk <= least + NOTHING_GAINED)
     posterior.prior_precision.fill_(chosen)
     return {"retrieval_risk": {f"{tau:g}": risk for tau, risk in risks.items()}, "prior_precision": chosen}
 
 
-def vote_risk(
-    posterior: MetricPosterior, noise: Tensor, queries: Tensor, label: Tensor, gallery: Tensor, gallery_label: Tensor
-) -> float:
-    """Mean Brier score of the shares of draws that vote for each label, 0 to 2; one draw is held at a time."""
-    votes = torch.stack(
-        [
-            gallery_label[(posterior.embeddings(queries, one)[0] @ posterior.embeddings(gallery, one)[0].T).argmax(1)]
-            for one in noise.split(1)
-        ]
-    )
+def vote_risk(votes: Tensor, label: Tensor) -> float:
+    """Mean Brier score, 0 to 2, of the shares of draws that vote for each label; votes int [S, Q], label int [Q]."""
     right = (votes == label).double().mean(0)
     # sum_c share_c^2 is the chance that two draws agree
     agree = torch.stack([(votes == vote).double().mean(0) for vote in votes]).mean(0)
