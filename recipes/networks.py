@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -61,7 +63,7 @@ class SmallConvNet(nn.Module):
         super().__init__()
         sizes = (channels, width, 2 * width, 4 * width)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        for inputs, outputs in pairwise(sizes):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.ReLU()]
             layers.append(nn.MaxPool2d(2) if outputs < sizes[-1] else nn.AdaptiveAvgPool2d(1))
         self.features = nn.Sequential(*layers, nn.Flatten())
