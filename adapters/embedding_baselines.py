@@ -52,6 +52,11 @@ class EmbeddingData:
     miner: str = "all"
     options: TrainOptions = field(default_factory=TrainOptions)
 
+    @property
+    def width(self) -> int:
+        """Inputs of the last layer."""
+        return self.hidden or self.inputs.shape[1]
+
     def network(self, dropout: float = 0.0) -> nn.Sequential:
         """A fresh embedding, initialised by the options' seed; the linear one starts at the principal directions."""
         with torch.random.fork_rng(devices=[]):
@@ -63,11 +68,22 @@ class EmbeddingData:
             layers.insert(len(layers) - 1, SharedDropout(dropout))
         return nn.Sequential(*layers)
 
-    def train_network(self, name: str, dropout: float = 0.0) -> tuple[nn.Sequential, dict[str, Any]]:
-        """An embedding trained by the contrastive loss, and its report."""
+    def train_network(
+        self, name: str, dropout: float = 0.0, posterior: MetricPosterior | None = None, memory: float = 0.999
+    ) -> tuple[nn.Sequential, dict[str, Any]]:
+        """An embedding trained by the contrastive loss, and its report; with `posterior` under weights drawn from it."""
         network, table = self.network(dropout), FeatureTable(self.inputs)
-        loss = ContrastiveMetric(self.margin, self.miner)
-        step = MetricStep(network, table.__getitem__, torch.from_numpy(np.array(self.label)), loss)
+        trained: nn.Module = network
+        if posterior is not None:
+            if self.hidden is not None:
+                raise OptionError(
+                    f"hidden={self.hidden} was given; an online posterior needs hidden=None, one linear layer"
+                )
+            trained = layer = network[-1]
+            # the curvature starts, as the paper's, at the number of rows
+            posterior.take(layer.weight, layer.bias, float(len(self.train)))
+        loss, label = ContrastiveMetric(self.margin, self.miner), torch.from_numpy(np.array(self.label))
+        step = MetricStep(trained, table.__getitem__, label, loss, posterior, memory, len(self.train))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed)  # dropout draws from the global generator
             result = train_metric(step, self.train, self.held_out, name=name, options=self.options)
@@ -116,8 +132,7 @@ class MCDropout(nn.Module):
 
     def fit(self, data: EmbeddingData) -> dict[str, Any]:
         self.network, report = data.train_network("mc-dropout", self.rate)
-        width = data.hidden or data.inputs.shape[1]
-        kept = torch.rand(self.samples, width, generator=step_generator(data.options.seed, 4)) >= self.rate
+        kept = torch.rand(self.samples, data.width, generator=step_generator(data.options.seed, 4)) >= self.rate
         self.register_buffer("masks", kept.float() / (1.0 - self.rate))
         return report
 
@@ -271,27 +286,47 @@ class _PairStep(nn.Module):
 
 
 class Laplace(nn.Module):
-    """The metric posterior over the last layer, post-hoc (`MetricPosterior`), its prior chosen by held-out retrieval."""
+    """The metric posterior over the last layer, its prior chosen by held-out retrieval (`MetricPosterior`).
+
+    Args:
+        network: trained already, for a post-hoc posterior.
+        online: train the layer under weights drawn from the posterior, and its curvature with it, which keeps `memory` of
+            itself in each step (`MetricStep`).
+        options: go to `MetricPosterior`.
+    """
 
     noise: Tensor
 
-    def __init__(self, samples: int = 32, network: nn.Sequential | None = None, **options: Any) -> None:
-        """`network`: trained already; `options` go to `MetricPosterior`."""
+    def __init__(
+        self,
+        samples: int = 32,
+        network: nn.Sequential | None = None,
+        online: bool = False,
+        memory: float = 0.999,
+        **options: Any,
+    ) -> None:
         super().__init__()
-        self.samples, self.trained, self.options = samples, network, options
+        if online and network is not None:
+            raise OptionError("online=True trains a layer of its own: give no network")
+        self.samples, self.trained, self.online, self.memory, self.options = samples, network, online, memory, options
 
     def fit(self, data: EmbeddingData) -> dict[str, Any]:
-        network, report = (self.trained, {}) if self.trained else data.train_network("laplace")
-        self.body, layer = network[:-1], network[-1]
-        assert isinstance(layer, nn.Linear)
-        self.posterior = MetricPosterior(
-            layer.in_features, layer.out_features, margin=data.margin, miner=data.miner, **self.options
-        )
-        self.posterior.take(layer.weight, layer.bias)
+        options = {"margin": data.margin, "miner": data.miner} | self.options
+        posterior = MetricPosterior(data.width, data.dim, **options)
+        network, report = self.trained, {}
+        if network is None:
+            running = posterior if self.online else None
+            network, report = data.train_network("laplace", posterior=running, memory=self.memory)
+        self.body, layer, self.posterior = network[:-1], network[-1], posterior
         generator = step_generator(data.options.seed, 3)
         with torch.no_grad():
             x = self.body(torch.from_numpy(data.inputs))
-        self.posterior.fit(x, data.label, subset=data.train, generator=generator)
+            if self.online:
+                posterior.weight.copy_(layer.weight)
+                posterior.bias.copy_(layer.bias)
+            else:
+                posterior.take(layer.weight, layer.bias)
+                posterior.fit(x, data.label, subset=data.train, generator=generator)
         label = torch.from_numpy(data.label)
         q, g = some_rows(data.held_out, QUERIES, generator), some_rows(data.train, GALLERY, generator)
         report |= choose_prior(self.posterior, x[q], label[q], x[g], label[g], generator)

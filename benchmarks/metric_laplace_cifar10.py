@@ -62,7 +62,7 @@ def prepare(
 
 
 def methods(data: EmbeddingData) -> Iterator[tuple[str, Any]]:
-    """Fitted methods by name; all Laplace variants stand on the deterministic embedding."""
+    """Fitted methods by name; post-hoc Laplace variants stand on the deterministic embedding."""
     plain = Deterministic()
     plain.fit(data)
     yield "deterministic", plain
@@ -83,6 +83,9 @@ def methods(data: EmbeddingData) -> Iterator[tuple[str, Any]]:
             made = Laplace(network=plain.network, loss=loss, approximation=approximation)
             made.fit(data)
             yield f"Laplace {approximation}, {loss}", made
+            made = Laplace(online=True, loss=loss, approximation=approximation)
+            made.fit(data)
+            yield f"Laplace {approximation}, {loss}, online", made
 
 
 def embed(method: Any, x: np.ndarray) -> MetricEmbedding:
@@ -139,7 +142,7 @@ def one_seed(x: np.ndarray, label: np.ndarray, ood: dict[str, np.ndarray], seed:
         if isinstance(method, Laplace):
             table[name]["prior precision"] = float(method.posterior.prior_precision)
             table[name]["negative curvature"] = float((method.posterior.curvature_weight < 0).float().mean())
-            if "euclidean" in name:
+            if name.endswith("euclidean"):
                 for what, with_prior in (("curvature and prior", True), ("curvature", False)):
                     sweep[f"{name}: {what}"] = scale_sweep(method, inputs, label[scored], outside, with_prior)
         print(f"seed {seed}: {name} ({time.process_time() - start:.0f} s): {table[name]}", flush=True)

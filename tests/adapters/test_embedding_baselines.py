@@ -114,3 +114,26 @@ def test_hib_needs_no_negative_of_the_anchors_class(generator: torch.Generator) 
     none[:2, 2:] = 1.0  # only the first two anchors have negatives
     loss = method.pair_loss(x, x, none, generator)
     assert loss.isfinite()
+
+
+def test_an_online_posterior_has_the_curvature_of_its_rows() -> None:
+    data = clusters(epochs=60)
+    data.options.lr = 1e-4  # the layer hardly moves, so that the running curvature is that of the layer it ends at
+    online, after = Laplace(online=True, memory=0.95), Laplace()
+    online.fit(data)
+    after.trained = nn.Sequential(online.body, nn.Linear(10, 4))
+    with torch.no_grad():
+        after.trained[-1].weight.copy_(online.posterior.weight)
+        after.trained[-1].bias.copy_(online.posterior.bias)
+    after.fit(data)
+    running, exact = (one.posterior.curvature_weight.clamp(min=0) for one in (online, after))
+    assert not torch.equal(running, exact)  # taken under drawn weights
+    assert np.corrcoef(running.flatten(), exact.flatten())[0, 1] > 0.9
+    assert 1.0 < float(running.mean() / exact.mean()) < 3.0  # under drawn weights more triplets violate the margin
+    answer = online.embed(torch.from_numpy(data.inputs))
+    hits, _ = retrieval.label_hits(retrieval.neighbours(answer.mean_direction), data.label)
+    assert retrieval.recall_at(hits, 1) > 0.9
+    with pytest.raises(OptionError, match="hidden=16"):
+        Laplace(online=True).fit(clusters(hidden=16))
+    with pytest.raises(OptionError, match="give no network"):
+        Laplace(online=True, network=after.trained)
