@@ -83,13 +83,22 @@ def page(path: str | Path, width: float, height: float) -> Iterator[Figure]:
 
     Raises PosthocError without matplotlib.
     """
+    with figure_like(width, height) as figure:
+        yield figure
+        figure.savefig(path)
+
+
+@contextmanager
+def figure_like(width: float, height: float, settings: Mapping[str, Any] | None = None) -> Iterator[Figure]:
+    """A figure of that size in inches in the common style, `settings` (matplotlib's names) over it, to be saved inside.
+
+    Raises PosthocError without matplotlib.
+    """
     matplotlib = require("matplotlib", "matplotlib")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the caller's session has set, the page looks the same
-        matplotlib.rcParams.update(STYLE)
-        figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        figure.savefig(path)
+        matplotlib.rcParams.update({**STYLE, **(settings or {})})
+        yield require("matplotlib.figure", "matplotlib").Figure(figsize=(width, height), layout="constrained")
 
 
 @dataclass(frozen=True)
@@ -199,3 +208,32 @@ def legend(figure: Figure | SubFigure, axis: Axes, columns: int) -> None:
     """One legend for all panels of a figure, below them; the names are those of `axis`."""
     handles, names = axis.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3.2)
+
+
+def histograms(
+    axis: Axes,
+    edges: np.ndarray,
+    shares: Mapping[str, np.ndarray],
+    look: Mapping[str, Look],
+    *,
+    xlabel: str,
+    logarithmic: bool = False,
+) -> None:
+    """Shares [K] of several sets in the same bins, edges [K + 1]: an outline each, the first one filled."""
+    for place, (name, share) in enumerate(shares.items()):
+        style = look[name]
+        if not place:
+            axis.stairs(share, edges, fill=True, color=style.colour, alpha=0.22, lw=0)
+        axis.stairs(share, edges, color=style.colour, linestyle=style.dash, linewidth=1.4)
+    if logarithmic:
+        ticker = require("matplotlib.ticker", "matplotlib")
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(numticks=5))
+        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.set(xlabel=xlabel, ylabel="share of images", ylim=(0, None), xlim=(edges[0], edges[-1]))
+
+
+def best_possible(axis: Axes, coverage: np.ndarray, risk: np.ndarray) -> None:
+    """A faint line that no score can go below."""
+    axis.plot(coverage, risk, color=FAINT, linewidth=1.5, zorder=1)

@@ -1,0 +1,195 @@
+"""The parts of a report's page, from its numbers: which tables belong together, and every drawing with its words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .bootstrap import Interval
+from .plots import COLOURS, DASHES, FAINT, MARKERS, Look, best_possible, curves, histograms, looks
+from .reliability import Reliability, diagram
+from .report_images import NEAREST, Strip
+from .report_page import Figure, Section, legend
+from .report_tables import Evaluated
+from .results import Results
+from .svg import svg, variable
+from .table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+WIDTH, HEIGHT = 4.3, 3.1
+"""Inches of a drawing: legible at the width of a phone."""
+KINDS: tuple[tuple[str, str, str, frozenset[str]], ...] = (
+    (
+        "ood",
+        "Out-of-distribution detection",
+        "Which score tells images that are unlike the training data? A higher uncertainty means out of distribution.",
+        frozenset({"fpr95"}),
+    ),
+    (
+        "calibration",
+        "Calibration",
+        "Is the classifier right as often as it says? Where it is 80 % sure, 80 % of its decisions should be right.",
+        frozenset({"ece", "nll", "brier"}),
+    ),
+    (
+        "selective",
+        "Selective prediction",
+        "Does a score put the classifier's mistakes last? The least certain images are handed to a person.",
+        frozenset({"aurc", "augrc"}),
+    ),
+    (
+        "retrieval",
+        "Retrieval",
+        "Are the nearest neighbours of an image of its class, and does its uncertainty know when they are not?",
+        frozenset({"r_auroc", "recall_at_1", "recall@1", "map_at_r"}),
+    ),
+)
+
+
+def sections(results: Results, evaluated: Evaluated) -> list[Section]:
+    """Every section, empty ones too."""
+    found = {key: Section(key, title, lead) for key, title, lead, _ in KINDS}
+    found["other"] = Section("other", "Other tables", "Tables of other evaluations, as they were written.")
+    for source, table in results.tables:
+        found[kind_of(table)].tables.append((source, table))
+    drawn = evaluated.drawn
+    own = [name for name in drawn if name in evaluated.given]
+    rest = [name for name in drawn if name not in own]
+    look = looks(own, rest) if own else looks(rest, [])
+    if "reliability" in results.figures:
+        found["calibration"].figures.append(_reliability(results.figures["reliability"]))
+    if "risk_coverage" in results.figures:
+        found["selective"].figures.append(_risk(results.figures["risk_coverage"], look))
+    if evaluated.neighbours:
+        found["retrieval"].strips.append(("", evaluated.neighbours))
+        found["retrieval"].lead += _cap_words(results.figures["neighbours"])
+    order = ["ood", "calibration", "selective", "retrieval"]
+    return [
+        *(found[key] for key in order),
+        _histograms(results, drawn),
+        _galleries(evaluated.galleries),
+        found["other"],
+    ]
+
+
+def kind_of(table: Table) -> str:
+    """The section of a table, by its columns."""
+    return next((key for key, _, _, metrics in KINDS if metrics & set(table.metrics)), "other")
+
+
+def _axis(canvas: Canvas) -> Any:
+    return canvas.subplots()
+
+
+def _reliability(given: Mapping[str, Any]) -> Figure:
+    values = {
+        name: Reliability(
+            np.array(one["confidence"]),
+            [Interval(*each) for each in zip(one["accuracy"], one["low"], one["high"], strict=True)],
+            np.array(one["rows"]),
+        )
+        for name, one in given.items()
+    }
+    look = looks(list(values), [])
+    drawing = svg(
+        lambda canvas: diagram(_axis(canvas), values, look, title=""), WIDTH, 3.9, name="reliability",
+        alt="Reliability diagram: accuracy against confidence in bins, with 95 % intervals",
+    )  # fmt: skip
+    return Figure(
+        "Reliability", drawing, _legend(look),
+        "Above the diagonal the classifier is right more often than it says, below it less often. Bars: 95 % intervals.",
+    )  # fmt: skip
+
+
+def _risk(given: Mapping[str, Any], look: Mapping[str, Look]) -> Figure:
+    coverage = 100 * np.array(given["coverage"])
+    lines = {
+        name: [Interval(*(100 * x for x in each)) for each in zip(one["risk"], one["low"], one["high"], strict=True)]
+        for name, one in given["scores"].items()
+    }
+
+    def draw(canvas: Canvas) -> None:
+        axis = _axis(canvas)
+        best_possible(axis, coverage, 100 * np.array(given["best"]))
+        curves(
+            axis, coverage, lines, look, title="", xlabel="most certain images kept, %",
+            ylabel="errors among them, %", bands=len(lines) <= 2,
+        )  # fmt: skip
+        axis.set(xlim=(0, 100), ylim=(0, None))
+
+    alt = f"Risk-coverage curves of {', '.join(lines)}: errors among the most certain images against their share"
+    entries = [*_entries({name: look[name] for name in lines}), ("best possible", variable(FAINT), "")]
+    return Figure(
+        "Risk and coverage", svg(draw, WIDTH, HEIGHT, name="risk", alt=alt), legend(entries),
+        "Lower is better. The intervals of every curve are in results.json; the table has the areas and their differences.",
+    )  # fmt: skip
+
+
+def _histograms(results: Results, drawn: Sequence[str]) -> Section:
+    """A drawing for every score: those of `drawn` at once, the others when asked for."""
+    section = Section(
+        "histograms",
+        "Where the scores lie",
+        "Each score's distribution on the ID images (filled) and on each OOD set. The less they overlap, the better it tells "
+        "them; scores beyond the edges are counted in the last bins.",
+    )
+    given = results.figures.get("histograms", {})
+    order = [*(name for name in drawn if name in given), *(name for name in given if name not in drawn)]
+    for place, name in enumerate(order):
+        one = given[name]
+        shares = {key: np.array(share) for key, share in one["shares"].items()}
+        look = {key: _set_look(number) for number, key in enumerate(shares)}
+        draw = partial(
+            _draw_histogram, edges=np.array(one["edges"]), shares=shares, look=look, logarithmic=one["logarithmic"]
+        )
+        alt = f"Histogram of {name} on {', '.join(shares)}"
+        drawing = svg(draw, WIDTH, 2.3, name=f"histogram{place}", alt=alt)
+        figure = Figure(name, drawing, _legend(look))
+        (section.figures if name in drawn else section.more_figures).append(figure)
+    return section
+
+
+def _draw_histogram(canvas: Canvas, **options: Any) -> None:
+    xlabel = "uncertainty" + (", logarithmic" if options["logarithmic"] else "")
+    histograms(_axis(canvas), xlabel=xlabel, **options)
+
+
+def _set_look(number: int) -> Look:
+    """The ID set's line is solid; sets beyond the sixth repeat a colour with another dash."""
+    return Look(COLOURS[number % 6], MARKERS[number % 6], DASHES[(number // 6) % 6] if number > 5 else "-", True)
+
+
+def _galleries(given: Mapping[str, list[Strip]]) -> Section:
+    return Section(
+        "galleries",
+        "The images themselves",
+        "What each score is most and least certain of. A framed image is of an OOD set: one that the score lets pass.",
+        strips=list(given.items()),
+    )
+
+
+def _cap_words(told: Mapping[str, Any]) -> str:
+    split = f" Below, queries and their {NEAREST} nearest among {told['gallery_rows']} other images of {told['set']}"
+    if told["mass"] is None:
+        return f"{split}, with their cosines."
+    return (
+        f"{split}, with their cosines, from the most certain query to the least. Framed: inside the query's credible set, the "
+        f"smallest cap that holds {told['mass']:.0%} of its posterior (nominal; whether an image of the class lies inside as "
+        "often is for a calibrated set to say)."
+    )
+
+
+def _legend(look: Mapping[str, Look]) -> str:
+    return legend(_entries(look))
+
+
+def _entries(look: Mapping[str, Look]) -> list[tuple[str, str, str]]:
+    return [
+        (name, variable(one.colour), "" if one.dash == "-" else ",".join(f"{1.6 * part:g}" for part in one.dash[1]))
+        for name, one in look.items()
+    ]

@@ -1,0 +1,98 @@
+"""What a report finds out by itself about sets of images: every table, number and picture they allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..adapters.errors import DataError, OptionError
+from .calibration import calibration_table
+from .inputs import Scored
+from .ood import check_overlap, ood_table
+from .report_figures import drawn_names, figures_of, has_classes
+from .report_images import Strip, can_show, gallery, retrieval_strips
+from .scaling import FITS, fit_scaling
+from .score_rows import REFERENCE, mistakes, score_all
+from .selective import selective_table
+from .table import Table
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Tables, the numbers of the figures, and the strips of images.
+
+    drawn: scores with a curve and galleries. given: those scores that came with the sets, not free ones.
+    """
+
+    tables: list[Table] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    drawn: list[str] = field(default_factory=list)
+    given: list[str] = field(default_factory=list)
+    galleries: dict[str, list[Strip]] = field(default_factory=dict)
+    neighbours: list[Strip] = field(default_factory=list)
+
+
+def evaluate(
+    sets: Sequence[Scored],
+    train: Scored | None = None,
+    held_out: Scored | None = None,
+    *,
+    reference: str = REFERENCE,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Evaluated:
+    """All of it for sets of different names, the ID one first; arguments as of `posthoc eval ood`.
+
+    Raises OptionError for two sets of one name, DataError where the sets share no score or `score_all` refuses them.
+    """
+    inside = sets[0]
+    names = [one.name for one in sets]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise OptionError(f"two sets are called {', '.join(twice)}; rename a file or folder: a name tells them apart")
+    scores, notes = score_all(sets, train, held_out=held_out)
+    if not scores[0]:
+        raise DataError("there is no score that all sets have: give score files with the same names, or features")
+    wrong, why = mistakes(inside)
+    if wrong is not None and not wrong.any():
+        wrong, why = None, f"the classifier is always right on {inside.name}: there is no mistake to find"
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    tables = []
+    for one, theirs in zip(sets[1:], scores[1:], strict=True):
+        table = ood_table(scores[0], theirs, name=one.name, wrong=wrong, reference=reference, **options)
+        tables.append(_noted(table, [*check_overlap(inside, [one]), *notes, *([f"no scod: {why}"] if why else [])]))
+    if has_classes(inside):
+        tables.append(_calibration(inside, held_out, **options))
+    if wrong is not None:
+        table = selective_table(scores[0], wrong, name=inside.name, reference=reference, **options)
+        tables.append(_noted(table, notes))
+    given = [name for name in scores[0] if name in inside.scores]
+    drawn = drawn_names(given, [name for name in scores[0] if name not in given])
+    figures = figures_of(sets, scores, drawn, wrong, **options)
+    galleries: dict[str, list[Strip]] = {}
+    if any(map(can_show, sets)):
+        found = {name: gallery(sets, scores, name) for name in drawn}
+        galleries = {name: strips for name, (strips, _) in found.items()}
+        figures["galleries"] = {name: numbers for name, (_, numbers) in found.items()}
+    neighbours, told = retrieval_strips(inside, seed)
+    if told is not None:
+        figures["neighbours"] = told
+    return Evaluated(tables, figures, drawn, given, galleries, neighbours)
+
+
+def _calibration(inside: Scored, held_out: Scored | None, **options: Any) -> Table:
+    """The softmax's row and, with held-out images, those of the scalings fitted on them."""
+    logits, label = np.asarray(inside.logits), np.asarray(inside.label)
+    values, note = {"softmax": logits}, "no --held-out: no scaling was fitted"
+    if held_out is not None:
+        for kind in FITS:
+            values[kind] = fit_scaling(kind, held_out.logits, held_out.label).log_probability(logits)
+        note = f"scalings fitted on {held_out.rows} rows of {held_out.name}"
+    return _noted(calibration_table(values, label, name=inside.name, **options), [note])
+
+
+def _noted(table: Table, notes: Sequence[str]) -> Table:
+    return Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)
