@@ -1,17 +1,18 @@
 """pytorch-ood's detectors on stored features: fitted on training features only, never on a row that is scored.
 
-All give float32 [N], higher = OOD. Left out are those that repeat a score of `baselines` (max-softmax, entropy, energy,
-max-logit, kNN: same values), MCM (needs texts), WeightedEBO (needs trained weights), TemperatureScaling (its fit is
-`scaling`'s), and those that run the live model (ODIN, ReAct, ASH, ...).
+All give float32 [N], higher = OOD. ReAct, ASH, SCALE and VRA shape the last linear layer's input, as their papers do, so the
+stored input gives the very scores that the live network gives. Left out are those that repeat a score of `baselines`
+(max-softmax, entropy, energy, max-logit, kNN: same values), MCM (needs texts), WeightedEBO (needs trained weights) and
+TemperatureScaling (its fit is `scaling`'s); those that need images are in `live_detectors`.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,72 +47,139 @@ class Training:
         check_labels(np.broadcast_to(b, (len(f), len(b))), as_numpy(self.label))
 
 
-Fit = Callable[[Any, Tensor, Tensor, Tensor, nn.Linear], Callable[[Tensor, Tensor], Tensor]]
+class Setting(NamedTuple):
+    """What a detector can be tuned by: its letter in tables, its default, and the values `tuning` tries, the same number
+    for each detector."""
+
+    letter: str
+    default: float
+    grid: tuple[float, ...]
 
 
-def _features(name: str, make: Callable[[Any, nn.Linear], Any]) -> Fit:
+Score = Callable[[Tensor, Tensor], Tensor]
+"""Features [N, D] and logits [N, C] to scores [N]."""
+
+
+class Fitting(NamedTuple):
+    """What a detector is fitted from: pytorch-ood, training features, labels and logits, the last layer, its setting."""
+
+    module: Any
+    features: Tensor
+    label: Tensor
+    logits: Tensor
+    head: nn.Linear
+    value: float
+
+
+Fit = Callable[[Fitting], Score]
+
+
+def _features(name: str, make: Callable[[Any, Fitting], Any]) -> Fit:
     """A detector that is fitted on features and labels, and scores features."""
 
-    def fit(
-        module: Any, z: Tensor, label: Tensor, logits: Tensor, head: nn.Linear
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        detector = make(getattr(module, name), head)
+    def fit(given: Fitting) -> Score:
+        detector = make(getattr(given.module, name), given)
         if detector.requires_fit:
-            detector.fit_features(z, label)
+            detector.fit_features(given.features, given.label)
         return lambda x, _: detector.predict_features(x)
 
     return fit
 
 
-def _logits(name: str) -> Fit:
+def _shaped(name: str, make: Callable[..., Any], signed: bool = False) -> Fit:
+    """A detector that shapes the last layer's input, taken as maps of one pixel, and scores by the energy of the logits."""
+
+    def fit(given: Fitting) -> Score:
+        if not signed and bool((given.features < 0).any()):
+            raise ValueError("it divides sums of activations, which these features, some negative, do not allow")
+        detector = make(getattr(given.module, name), given.value, lambda maps: given.head(maps.flatten(1)))
+        if detector.requires_fit:
+            detector.fit_feature_maps(given.features[..., None, None], given.label)
+        return lambda x, _: detector.predict_feature_maps(x[..., None, None])
+
+    return fit
+
+
+def _logits(name: str, make: Callable[[Any, float], Any] = lambda kind, _: kind(nn.Identity())) -> Fit:
     """A detector that is fitted on logits (the model is the identity) and scores logits."""
 
-    def fit(
-        module: Any, z: Tensor, label: Tensor, logits: Tensor, head: nn.Linear
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        detector = getattr(module, name)(nn.Identity())
+    def fit(given: Fitting) -> Score:
+        detector = make(getattr(given.module, name), given.value)
         if detector.requires_fit:
-            rows = torch.utils.data.TensorDataset(logits, label)
+            rows = torch.utils.data.TensorDataset(given.logits, given.label)
             detector.fit(torch.utils.data.DataLoader(rows, batch_size=ROWS))
         return lambda _, x: detector.predict_logits(x)
 
     return fit
 
 
-def _openmax(
-    module: Any, z: Tensor, label: Tensor, logits: Tensor, head: nn.Linear
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _openmax(given: Fitting) -> Score:
     """OpenMax; pytorch-ood 0.4 takes the distance to a class that no row of the batch is predicted as for 0.
 
     So a row's score depends on its company (.11 among seven rows, .34 alone, in this library's test): every batch gets one
     row of each class as well, which is dropped.
     """
-    score, every = _logits("OpenMax")(module, z, label, logits, head), torch.eye(logits.shape[1])
+    score, every = _logits("OpenMax")(given), torch.eye(given.logits.shape[1])
     return lambda x, logit: score(x, torch.cat([logit, every]))[: len(logit)]
+
+
+def _dice(given: Fitting) -> Score:
+    """DICE; pytorch-ood 0.4 scores through an array [rows, C, D], 5 GB for 1000 rows of ImageNet's layer: here a product."""
+    detector = given.module.DICE(None, given.head.weight, given.head.bias, given.value)
+    detector.fit_features(given.features, given.label)
+    return lambda x, _: detector.detector(x @ detector.masked_w.T + detector.bias)
+
+
+def _grad_norm(given: Fitting) -> Score:
+    """GradNorm of the last layer's weights, as its paper takes it, in closed form; pytorch-ood runs the network backwards.
+
+    The gradient of the cross-entropy to the uniform distribution is the outer product of p - 1/C and the features, and its
+    l1 norm the product of theirs (Huang et al. 2021, equation 8); more of it = more familiar.
+    """
+    return lambda x, logit: -(logit.softmax(1) - 1 / logit.shape[1]).abs().sum(1) * x.abs().sum(1)
 
 
 DETECTORS: dict[str, Fit] = {
     "Mahalanobis": _features("Mahalanobis", lambda kind, _: kind(None)),
     "RMD": _features("RMD", lambda kind, _: kind(None)),
     "GMM": _features("GMM", lambda kind, _: kind(None)),
-    "ViM": _features("ViM", lambda kind, head: kind(None, _principal(head), head.weight, head.bias)),
-    "DICE": _features("DICE", lambda kind, head: kind(None, head.weight, head.bias, 0.7)),
-    "LTS": _features("LTS", lambda kind, head: kind(None, head)),
-    "SHE": _features("SHE", lambda kind, head: kind(None, head)),
-    "NNGuide": _features("NNGuide", lambda kind, head: kind(None, head)),
-    "fDBD": _features("fDBD", lambda kind, head: kind(None, head)),
-    "NCI": _features("NCI", lambda kind, head: kind(None, head)),
-    "pNML": _features("PNML", lambda kind, head: kind(None, head)),
-    "GEN": _logits("GEN"),
+    "ViM": _features("ViM", lambda kind, at: kind(None, _principal(at), at.head.weight, at.head.bias)),
+    "DICE": _dice,
+    "LTS": _features("LTS", lambda kind, at: kind(None, at.head)),
+    "SHE": _features("SHE", lambda kind, at: kind(None, at.head)),
+    "NNGuide": _features("NNGuide", lambda kind, at: kind(None, at.head)),
+    "fDBD": _features("fDBD", lambda kind, at: kind(None, at.head)),
+    "NCI": _features("NCI", lambda kind, at: kind(None, at.head)),
+    "pNML": _features("PNML", lambda kind, at: kind(None, at.head)),
+    "ReAct": _shaped("ReAct", lambda kind, p, head: kind(None, head, percentile=p), signed=True),
+    "ASH-S": _shaped("ASH", lambda kind, p, head: kind(None, head, "ash-s", p)),
+    "ASH-B": _shaped("ASH", lambda kind, p, head: kind(None, head, "ash-b", p)),
+    "SCALE": _shaped("SCALE", lambda kind, p, head: kind(None, head, p)),
+    "VRA": _shaped("VRA", lambda kind, p, head: kind(None, head, 1 - p, p), signed=True),
+    "GradNorm": _grad_norm,
+    "GEN": _logits("GEN", lambda kind, gamma: kind(None, gamma)),
     "KL-matching": _logits("KLMatching"),
     "OpenMax": _openmax,
 }
-"""The detectors by the name tables print, with pytorch-ood's own settings; ViM's subspace has half the feature's
-dimensions (its paper: 1000 of 2048), DICE drops 70 % of the weights (its paper's ImageNet setting)."""
+"""The detectors by the name tables print, with pytorch-ood's own settings or those of `SETTINGS`."""
+
+SETTINGS: dict[str, Setting] = {
+    "ViM": Setting("d", 0.5, (0.125, 0.25, 0.5, 0.75, 0.875)),
+    "DICE": Setting("p", 0.7, (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "ReAct": Setting("p", 0.9, (0.8, 0.85, 0.9, 0.95, 0.99)),
+    "ASH-S": Setting("p", 0.65, (0.65, 0.75, 0.85, 0.9, 0.95)),
+    "ASH-B": Setting("p", 0.65, (0.65, 0.75, 0.85, 0.9, 0.95)),
+    "SCALE": Setting("p", 0.65, (0.65, 0.75, 0.85, 0.9, 0.95)),
+    "VRA": Setting("p", 0.99, (0.85, 0.9, 0.95, 0.975, 0.99)),
+    "GEN": Setting("gamma", 0.1, (0.01, 0.1, 0.5, 1.0, 2.0)),
+}
+"""What is tuned, with its default: ViM's subspace as a share of the dimensions (its paper: 1000 of 2048), the share of
+weights DICE drops (its paper's ImageNet setting), the quantiles that ReAct and VRA (both ends) clip at, the share of
+activations ASH and SCALE count as small, GEN's exponent."""
 
 
-def _principal(head: nn.Linear) -> int:
-    return max(1, head.in_features // 2)
+def _principal(at: Fitting) -> int:
+    return min(max(1, int(at.value * at.head.in_features)), at.head.in_features - 1)
 
 
 @dataclass
@@ -119,13 +187,13 @@ class Detectors:
     """Fitted detectors, and those that could not be: `left_out` says why, by name."""
 
     head: nn.Linear
-    fitted: dict[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
+    fitted: dict[str, Score] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
     def scores(self, features: Array) -> dict[str, np.ndarray]:
         """Every fitted detector's score of features [N, D]: float32 [N], higher = OOD.
 
-        Raises DataError for another width, and naming the detector and the rows where a score is not finite.
+        One that is not finite on all rows is missing, and `left_out` says where. Raises DataError for another width.
         """
         x = _tensor(finite("features", features, 2))
         if x.shape[1] != self.head.in_features:
@@ -134,15 +202,21 @@ class Detectors:
         for name, score in self.fitted.items():
             parts = []
             for rows in x.split(ROWS):
-                with torch.no_grad(), _quiet():
+                with torch.no_grad(), quiet():
                     parts.append(score(rows, self.head(rows)).float().cpu().numpy())
-            result[name] = finite(f"the score of {name}", np.concatenate(parts)).astype(np.float32)
+            try:
+                result[name] = finite("its score", np.concatenate(parts)).astype(np.float32)
+            except DataError as error:
+                self.left_out[name] = str(error)
         return result
 
 
-def fit_detectors(training: Training, names: Sequence[str] | None = None) -> Detectors:
+def fit_detectors(
+    training: Training, names: Sequence[str] | None = None, values: Mapping[str, float] | None = None
+) -> Detectors:
     """Detectors of `names` (None: all of `DETECTORS` that the installed pytorch-ood has), fitted on training rows.
 
+    `values`: settings by the detector's name, in place of the defaults of `SETTINGS`.
     One that cannot be fitted on these rows (a class without a right prediction, a singular covariance) is left out, and
     `left_out` says so. Raises OptionError for an unknown name, PosthocError without pytorch-ood.
     """
@@ -159,8 +233,9 @@ def fit_detectors(training: Training, names: Sequence[str] | None = None) -> Det
     found = Detectors(head)
     for name in names or DETECTORS:
         try:
-            with _quiet():
-                found.fitted[name] = DETECTORS[name](module, z, label, logits, head)
+            with quiet():
+                value = (values or {}).get(name, SETTINGS[name].default if name in SETTINGS else 0.0)
+                found.fitted[name] = DETECTORS[name](Fitting(module, z, label, logits, head, value))
         except (ValueError, AssertionError, AttributeError, RuntimeError) as error:
             found.left_out[name] = str(error) or type(error).__name__
     return found
@@ -190,15 +265,6 @@ def last_layer(features: Array, logits: Array, tolerance: float = 1e-3) -> tuple
     return weight, bias
 
 
-def augmented(score: Callable[[Array], np.ndarray], views: Array) -> np.ndarray:
-    """Test-time augmentation: the mean of a score over stored views. `views` [N, V, ...] -> float32 [N]."""
-    array = as_numpy(views)
-    if array.ndim != 3 or not array.shape[1]:
-        raise DataError(f"views [N, V, C] are expected (extract with views=V); these have shape {array.shape}")
-    each = score(array.reshape(-1, array.shape[2]))
-    return np.asarray(each.reshape(array.shape[:2]).mean(1, dtype=np.float64), dtype=np.float32)
-
-
 def ensemble(scores: Sequence[Array], held_out: Sequence[Array]) -> np.ndarray:
     """Ensemble of heads: the mean over heads of the share of ITS held-out scores not above the image's, float32 [N].
 
@@ -218,7 +284,7 @@ def ensemble(scores: Sequence[Array], held_out: Sequence[Array]) -> np.ndarray:
     return np.mean(parts, axis=0).astype(np.float32)
 
 
-class _quiet:
+class quiet:
     """pytorch-ood warns and logs about devices and small subspaces, which are settled here."""
 
     def __enter__(self) -> None:

@@ -1,7 +1,7 @@
 """OOD detection, one table for each OOD set: every head, every free score, every detector, with intervals.
 
     posthoc eval ood --id test.npz --ood tiny.npz dtd.npz
-    posthoc eval ood --id photos/ --ood textures/ --model adapter/ --train training-photos/
+    posthoc eval ood --id photos/ --ood textures/ --model adapter/ --train training-photos/ --held-out other-photos/
 
 Higher uncertainty means OOD, and nothing is turned round to look better. No OOD row selects or fits anything.
 """
@@ -14,15 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..adapters.errors import DataError, OptionError
-from . import baselines
-from .command import TableCommand, run_command
-from .detectors import Training, augmented, fit_detectors, last_layer
-from .inputs import Scored, not_constant, open_model, overlap, read
+from .command import run_command
+from .inputs import Scored, not_constant, overlap, read
 from .ood_statistics import OodMetrics, ScodAurc, ScodAuroc
-from .table import Table, fill
+from .score_rows import REFERENCE, RowsCommand, mistakes
+from .table import Table, fill, over_seeds
 
 LOWER = ("fpr95", "ood_accepted_at_95_id", "scod_aurc")
-REFERENCE = "max-softmax"
 
 
 def ood_table(
@@ -85,55 +83,6 @@ def ood_table(
     )
 
 
-def score_all(
-    sets: Sequence[Scored], train: Scored | None = None, k: int = 50
-) -> tuple[list[dict[str, np.ndarray]], list[str]]:
-    """Given scores and every free one that what is stored allows, for each set, and notes on what was left out.
-
-    `train`: features of training images; kNN and the detectors are fitted on them alone. A score that one set cannot have
-    is left out everywhere, and noted.
-    """
-    found, notes = [dict(one.scores) for one in sets], []
-    if all(one.logits is not None for one in sets):
-        for scores, one in zip(found, sets, strict=True):
-            scores.update({name: score(one.logits) for name, score in baselines.LOGIT_SCORES.items()})
-    if all(one.embedding is not None for one in sets):
-        for scores, one in zip(found, sets, strict=True):
-            scores["1/feature-norm"] = baselines.inverse_norm(one.embedding)
-    if all(one.features is not None and one.features.views > 1 and one.logits is not None for one in sets):
-        for scores, one in zip(found, sets, strict=True):
-            assert one.features is not None
-            scores["entropy, augmented"] = augmented(baselines.entropy, one.features.logits)
-    if train is None:
-        notes.append("no --train: neither kNN nor detectors")
-    else:
-        notes += _fitted(found, sets, train, k)
-    common = set.intersection(*map(set, found))
-    for name in sorted(set.union(*map(set, found)) - common):
-        notes.append(f"left out {name}: not every set has it")
-    return [{name: values for name, values in scores.items() if name in common} for scores in found], notes
-
-
-def _fitted(found: list[dict[str, np.ndarray]], sets: Sequence[Scored], train: Scored, k: int) -> list[str]:
-    notes: list[str] = []
-    if train.embedding is not None and all(one.embedding is not None for one in sets):
-        k = min(k, train.rows)
-        for scores, one in zip(found, sets, strict=True):
-            scores[f"kNN (k={k})"] = baselines.knn(one.embedding, train.embedding, k=k)
-    if train.penultimate is None or train.logits is None or train.label is None:
-        return [*notes, "no detectors: the training features lack a penultimate input, logits or labels"]
-    if any(one.penultimate is None for one in sets):
-        return [*notes, "no detectors: not every set has penultimate features"]
-    try:
-        weight, bias = last_layer(train.penultimate, train.logits)
-    except DataError as error:
-        return [*notes, f"no detectors: {error}"]
-    detectors = fit_detectors(Training(train.penultimate, train.label, weight, bias))
-    for scores, one in zip(found, sets, strict=True):
-        scores.update(detectors.scores(one.penultimate))
-    return [*notes, *(f"left out {name}: {why}" for name, why in detectors.left_out.items())]
-
-
 def check_overlap(inside: Scored, others: Sequence[Scored]) -> list[str]:
     """A note for each set that shares images with the ID set. Raises DataError for one that holds nothing else."""
     notes = []
@@ -148,7 +97,7 @@ def check_overlap(inside: Scored, others: Sequence[Scored]) -> list[str]:
 
 
 @dataclass
-class Ood(TableCommand):
+class Ood(RowsCommand):
     """Compare how well scores tell OOD images from ID images; every free score and detector stands beside them.
 
     Example: posthoc eval ood --id test.npz --ood tiny-imagenet.npz dtd.npz --far dtd"""
@@ -157,43 +106,39 @@ class Ood(TableCommand):
     """ID images: score file (.npz, .csv), stored features, or images with --model"""
     ood: tuple[str, ...]
     """one or several OOD sets, each as --id"""
-    model: str | None = None
-    """adapter folder (its heads are scored) or timm name (free scores only)"""
-    train: str | None = None
-    """images or stored features of the training set: kNN and detectors are fitted on them alone"""
     near: tuple[str, ...] = ()
     """names of sets to mark as near"""
     far: tuple[str, ...] = ()
     """names of sets to mark as far"""
-    reference: str = REFERENCE
-    """score that paired differences are taken from"""
 
     def tables(self) -> list[Table]:
         if not self.ood:
             raise OptionError("--ood names no set; expected at least one")
-        model = open_model(self.model, self.checkpoint, self.device)
-        sets = [read(place, model, self.split) for place in (self.id, *self.ood)]
+        models = self.models()
+        sets = [read(place, models[0], self.split) for place in (self.id, *self.ood)]
         inside, outside = sets[0], sets[1:]
         names = [one.name for one in outside]
         for name in (*self.near, *self.far):
             if name not in names:
                 raise OptionError(f"--near or --far names {name!r}; the OOD sets are {', '.join(names)}")
         notes = check_overlap(inside, outside)
-        train = None if self.train is None else read(self.train, model, "train")
-        scores, more = score_all(sets, train)
-        if not scores[0]:
+        every, more = self.rows(sets, models)
+        if not every[0][0]:
             raise DataError("there is no score that all sets have: give score files with the same names, or features")
-        wrong = None if inside.correct is None else ~inside.correct
-        if wrong is not None and wrong.all():
-            wrong = None
-            more.append(f"no scod: the classifier is never right on {inside.name}; are these labels its classes?")
+        wrong, why = mistakes(inside)
+        if why is not None:
+            more.append(f"no scod: {why}")
         made = []
-        for name, one in zip(names, scores[1:], strict=True):
+        for k, name in enumerate(names, start=1):
             kind = "near" if name in self.near else "far" if name in self.far else None
-            table = ood_table(
-                scores[0], one, name=name, kind=kind, wrong=wrong, reference=self.reference,
-                resamples=self.resamples, seed=self.seed,
-            )  # fmt: skip
+            tables = [
+                ood_table(
+                    scores[0], scores[k], name=name, kind=kind, wrong=wrong, reference=self.reference,
+                    resamples=self.resamples, seed=self.seed,
+                )
+                for scores in every
+            ]  # fmt: skip
+            table = tables[0] if len(tables) == 1 else over_seeds(tables)
             mine = [note for note in notes if f" images of {name} are " in note]
             made.append(Table(table.title, table.metrics, table.cells, (*table.notes, *mine, *more), table.about))
         return made

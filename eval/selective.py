@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..adapters.errors import DataError
-from .command import TableCommand, run_command
-from .inputs import Scored, not_constant, open_model, read
-from .ood import REFERENCE, score_all
+from .command import run_command
+from .inputs import Scored, not_constant, read
+from .score_rows import REFERENCE, RowsCommand, mistakes
 from .selective_statistics import AccuracyAtCoverage, Augrc, ExcessAurc, FailureAuroc
 from .statistics import Aurc
-from .table import Table, fill
+from .table import Table, fill, over_seeds
 
 COVERAGES = (0.8, 0.9)
 LOWER = ("aurc", "excess_aurc", "augrc")
@@ -58,30 +58,29 @@ def selective_table(
 
 
 @dataclass
-class Selective(TableCommand):
+class Selective(RowsCommand):
     """Compare how well scores tell a classifier's mistakes from its right answers.
 
     Example: posthoc eval selective --data test.npz"""
 
     data: str
     """labelled images: score file (.npz, .csv) with `correct`, or labels and logits; stored features; images with --model"""
-    model: str | None = None
-    """adapter folder (its heads are scored) or timm name (free scores only)"""
-    train: str | None = None
-    """images or stored features of the training set: kNN and detectors are fitted on them alone"""
-    reference: str = REFERENCE
-    """score that paired differences are taken from"""
 
     def run(self) -> None:
-        model = open_model(self.model, self.checkpoint, self.device)
-        one = read(self.data, model, self.split)
+        models = self.models()
+        one = read(self.data, models[0], self.split)
         one.need("correct")
-        assert one.correct is not None
-        train = None if self.train is None else read(self.train, model, "train")
-        (scores,), notes = score_all([one], train)
-        table = selective_table(
-            scores, ~one.correct, name=one.name, reference=self.reference, resamples=self.resamples, seed=self.seed
-        )
+        wrong, why = mistakes(one)
+        if wrong is None:
+            raise DataError(str(why))
+        every, notes = self.rows([one], models)
+        tables = [
+            selective_table(
+                scores, wrong, name=one.name, reference=self.reference, resamples=self.resamples, seed=self.seed
+            )
+            for (scores,) in every
+        ]
+        table = tables[0] if len(tables) == 1 else over_seeds(tables)
         self.show([Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)])
 
 

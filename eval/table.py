@@ -102,9 +102,10 @@ def cell(value: Interval, minus: Interval | None, lower: bool) -> Cell:
 
 
 def over_seeds(tables: Sequence[Table]) -> Table:
-    """The first table with the mean over all, and the standard deviation beside it; intervals stay the first seed's, moved.
+    """The first table with the mean over all, and the standard deviation beside it; intervals have their mean ends.
 
-    Bold is what is better than the reference in EVERY seed. Raises DataError for tables of different scores or metrics.
+    An interval is one of the rows, not of the seeds: the standard deviation tells how the seeds differ. Bold is what is
+    better than the reference in EVERY seed. Raises DataError for tables of different scores or metrics.
     """
     if not tables or any(list(t.cells) != list(tables[0].cells) or t.metrics != tables[0].metrics for t in tables):
         raise DataError("tables of the same scores and metrics are expected, one for each seed")
@@ -112,15 +113,19 @@ def over_seeds(tables: Sequence[Table]) -> Table:
     cells: dict[str, dict[str, Cell]] = {}
     for name, row in first.cells.items():
         cells[name] = {}
-        for metric, one in row.items():
+        for metric in row:
             every = [t.cells[name][metric] for t in tables]
-            values = np.array([c.value.value for c in every])
-            shift = float(values.mean()) - one.value.value
-            moved = Interval(float(values.mean()), one.value.low + shift, one.value.high + shift)
-            spread = float(values.std(ddof=1)) if len(values) > 1 else None
-            cells[name][metric] = Cell(moved, one.minus, all(c.better for c in every), spread)
-    note = f"mean ± standard deviation over {len(tables)} seeds; intervals and differences are of the first seed"
+            gaps = [c.minus for c in every if c.minus is not None]
+            spread = float(np.std([c.value.value for c in every], ddof=1)) if len(every) > 1 else None
+            minus = _mean_interval(gaps) if gaps else None
+            value = _mean_interval([c.value for c in every])
+            cells[name][metric] = Cell(value, minus, all(c.better for c in every), spread)
+    note = f"mean ± standard deviation over {len(tables)} seeds; intervals are of the rows (mean of the seeds' ends)"
     return Table(first.title, first.metrics, cells, (*first.notes, note), {**first.about, "seeds": len(tables)})
+
+
+def _mean_interval(every: Sequence[Interval]) -> Interval:
+    return Interval(*(float(np.mean([getattr(one, end) for one in every])) for end in ("value", "low", "high")))
 
 
 def render(tables: Sequence[Table], how: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from posthoc import PosthocError
 from posthoc.eval import baselines, detectors, metrics
-from posthoc.eval.detectors import DETECTORS, Training, augmented, ensemble, fit_detectors, last_layer
+from posthoc.eval.detectors import DETECTORS, SETTINGS, Training, ensemble, fit_detectors, last_layer
 
 CLASSES, DIM = 4, 8
 
@@ -47,6 +47,7 @@ def test_each_gives_unseen_data_the_higher_score(fitted, name):
     inside, outside = fitted.scores(world(seed=5)[0]), fitted.scores(unseen())
     assert inside[name].dtype == np.float32
     assert inside[name].shape == (400,)
+    # ASH and SCALE weigh by the share of small activations, which unseen data have fewer of
     assert metrics.auroc(inside[name], outside[name]) > (0.8 if name == "OpenMax" else 0.9)
 
 
@@ -113,15 +114,6 @@ def test_one_that_cannot_be_fitted_is_left_out_and_says_why():
     assert found.left_out["Mahalanobis"]
 
 
-def test_views_are_averaged():
-    rng = np.random.default_rng(0)
-    views = rng.normal(size=(5, 3, 4))
-    wanted = baselines.entropy(views.reshape(15, 4)).reshape(5, 3).mean(1)
-    assert augmented(baselines.entropy, views) == pytest.approx(wanted)
-    with pytest.raises(PosthocError, match="views=V"):
-        augmented(baselines.entropy, views[0])
-
-
 def test_an_ensemble_has_no_units():
     rng = np.random.default_rng(0)
     held, scores = rng.normal(size=(2, 200)), rng.normal(size=(2, 30))
@@ -153,3 +145,84 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_ood.detector", None)
     with pytest.raises(PosthocError, match=r"pytorch-ood.*posthoc\[eval\]"):
         fit_detectors(Training(*world(40)))
+
+
+def shaped(name, z, head, training, p):
+    """What a paper does to the last layer's input, by its formula."""
+    if name == "ReAct":
+        return z.clip(max=np.percentile(training, 100 * p))
+    if name == "VRA":
+        return z.clip(*np.quantile(training, [1 - p, p], axis=0))
+    kept = z.shape[1] - round(z.shape[1] * p)
+    order = np.argsort(-z, axis=1)[:, :kept]
+    large = np.zeros_like(z)
+    np.put_along_axis(large, order, np.take_along_axis(z, order, 1), 1)
+    total = z.sum(1, keepdims=True)
+    if name == "ASH-B":
+        return np.where(large > 0, total / kept, 0)
+    return (z if name == "SCALE" else large) * np.exp(total / large.sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("name", ["ReAct", "VRA", "ASH-S", "ASH-B", "SCALE"])
+@pytest.mark.parametrize("p", [None, 0.75])
+def test_shaped_activations_are_their_formulas(name, p):
+    from scipy.special import logsumexp
+
+    f, label, weight, bias = world()
+    x = unseen(40) + 0.01
+    found = fit_detectors(Training(f, label, weight, bias + 1), [name], None if p is None else {name: p}).scores(x)
+    z = shaped(name, x.astype(np.float64), None, f.astype(np.float64), p or SETTINGS[name].default)
+    wanted = -logsumexp(z @ weight.T + bias + 1, axis=1)
+    assert found[name] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_dice_and_gen_take_their_setting():
+    f, label, weight, bias = world()
+    x = unseen(30)
+    from scipy.special import logsumexp, softmax
+
+    share = f.mean(0) * weight
+    kept = np.where(share > np.quantile(share, 0.3), weight, 0)
+    found = fit_detectors(Training(f, label, weight, bias), ["DICE", "GEN"], {"DICE": 0.3, "GEN": 2.0}).scores(x)
+    assert found["DICE"] == pytest.approx(-logsumexp(x @ kept.T + bias, axis=1), rel=1e-4)
+    p = softmax(x @ weight.T + bias, axis=1)
+    assert found["GEN"] == pytest.approx((p**2 * (1 - p) ** 2).mean(1), rel=1e-3)
+
+
+def test_dice_and_gradnorm_equal_pytorch_ood():
+    import torch
+    from pytorch_ood.detector import DICE, GradNorm
+
+    f, label, weight, bias = world()
+    x = torch.from_numpy(unseen(30))
+    head = torch.nn.Linear(DIM, CLASSES)
+    head.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+    ours = fit_detectors(Training(f, label, weight, bias), ["DICE", "GradNorm"]).scores(x)
+    dice = DICE(None, head.weight, head.bias, 0.7).fit_features(torch.from_numpy(f), torch.from_numpy(label))
+    assert ours["DICE"] == pytest.approx(dice.predict_features(x).numpy(), rel=1e-5)
+    theirs = GradNorm(head, param_filter=lambda name: name == "weight").predict(x).numpy()
+    assert ours["GradNorm"] == pytest.approx(theirs, rel=1e-4)
+
+
+def test_negative_activations_have_no_shares():
+    f, label, weight, bias = world()
+    found = fit_detectors(Training(f - 1, label, weight, bias), ["ASH-S", "SCALE", "ReAct"])
+    assert list(found.fitted) == ["ReAct"]
+    assert "negative" in found.left_out["ASH-S"]
+
+
+def test_a_score_that_is_not_finite_is_left_out_and_says_where():
+    f, label, weight, bias = world()
+    found = fit_detectors(Training(f, label, weight, bias), ["ASH-S", "ReAct"])
+    x = unseen(5)
+    x[3] = 0  # no activation at all: a share of nothing
+    assert list(found.scores(x)) == ["ReAct"]
+    assert "rows 3" in found.left_out["ASH-S"]
+
+
+def test_every_setting_is_in_a_grid_of_the_same_size():
+    from posthoc.eval.tuning import BUDGET, ENERGY, KNN
+
+    for setting in (KNN, ENERGY, *SETTINGS.values()):
+        assert len(setting.grid) == BUDGET
+        assert setting.default in setting.grid
