@@ -36,16 +36,16 @@ class Demo:
     """Give a real ImageNet network an uncertainty and check it by eye: unseen classes, blur, errors, and a picture."""
 
 
-EVALUATIONS = ("ood", "calibration", "selective")
+EVALUATIONS = ("ood", "calibration", "selective", "shift", "ambiguity", "transfer")
 """What `posthoc eval NAME` runs: the `main` of `posthoc.eval.NAME`."""
 
 
 @dataclass
 class Eval:
-    """Tables with intervals: `posthoc eval ood`, `calibration` or `selective`; each explains itself with --help."""
+    """Tables with intervals: `posthoc eval ood`, `calibration`, `shift`, ...; each explains itself with --help."""
 
-    what: Annotated[Positional[Literal["ood", "calibration", "selective"]], arg(metavar="WHAT")]
-    """ood, calibration or selective; its own options follow"""
+    what: Annotated[Positional[Literal["ood", "calibration", "selective", "shift", "ambiguity", "transfer"]], arg(metavar="WHAT")]
+    """ood, calibration, selective, shift, ambiguity or transfer; its own options follow"""
 
     def run(self) -> None:
         import_module(f".eval.{self.what}", __package__).main([])
