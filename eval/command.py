@@ -21,6 +21,8 @@ class TableCommand:
     """local weights of the backbone, .safetensors or .pth"""
     split: str = "test"
     """of a hub data set, or of a folder of splits"""
+    data_dir: Path | None = None
+    """where the sets that have a name (cifar10, dtd, ...) lie; default: $POSTHOC_DATA, else ~/.cache/posthoc/data"""
     resamples: int = 1000
     """of the bootstrap"""
     seed: int = 0
@@ -44,9 +46,12 @@ def run_command(options: Any, program: str, arguments: Sequence[str] | None = No
     """Read the dataclass `options` from the arguments (None: the command line's) and call its `run`."""
     import tyro
 
+    from .datasets import looking_in
+
     command = tyro.cli(options, prog=program, args=list(sys.argv[1:] if arguments is None else arguments))
     try:
-        command.run()
+        with looking_in(getattr(command, "data_dir", None)):
+            command.run()
     except PosthocError as error:
         print(f"posthoc: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,8 +1,9 @@
-"""What the commands evaluate: score files, stored features, images through a model; all as one `Scored`.
+"""What the commands evaluate: score files, stored features, images by name or folder through a model; all as one `Scored`.
 
 A score file is .npz or .csv. One-dimensional numbers under any name are scores, higher = less certain, except `label` (class
-indices), `correct` (0/1) and `content` (any key that equal images share). An .npz may also hold `logits` [N, C], `embedding`
-[N, D] and `penultimate` [N, P]. A .csv is what `posthoc predict` writes; `path`, `percentile` and `abstain` are not scores.
+indices), `correct` (0/1), `content` (any key that equal images share) and `concentration` (of a von Mises-Fisher posterior round
+the embedding, higher = more certain). An .npz may also hold `logits` [N, C], `embedding` [N, D] and `penultimate` [N, P]. A
+.csv is what `posthoc predict` writes; `path`, `percentile` and `abstain` are not scores.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from ..adapters.errors import DataError, OptionError
 from ..adapters.features import Features
 from ..adapters.store import MANIFEST
 from .arrays import Array, as_numpy, finite, truth
+from .dataset_notes import pixel_keys, registered_name
+from .datasets import KIND, SETS, check_spelling, open_named
 
+KNOWN = ("label", "correct", "concentration", "content")
 TABLES = ("logits", "embedding", "penultimate")
 NOT_SCORES = ("path", "percentile", "abstain")
+KEYS = ("content", "pixels", "embedding", "logits")
+"""What equal images are told by, the surest first."""
 
 
 @dataclass
@@ -39,13 +45,16 @@ class Scored:
     logits: np.ndarray | None = None
     embedding: np.ndarray | None = None
     penultimate: np.ndarray | None = None
+    concentration: np.ndarray | None = None
     content: Sequence[Any] | None = None
     model: Any = None
     features: Features | None = None
+    dataset: str | None = None
+    """The set's registered name (`datasets.SETS`), where its images are known to be that set's, with its labels."""
 
     def __post_init__(self) -> None:
         parts = {f"score {name!r}": values for name, values in self.scores.items()}
-        parts |= {key: getattr(self, key) for key in ("label", "correct", "content", *TABLES)}
+        parts |= {key: getattr(self, key) for key in (*KNOWN, *TABLES)}
         lengths = {key: len(values) for key, values in parts.items() if values is not None}
         if not lengths or not max(lengths.values()):
             raise DataError(f"{self.name} is empty: no scores, features or images")
@@ -70,11 +79,18 @@ class Scored:
                 more = " (or labels and logits, from which it follows)" if key == "correct" else ""
                 raise DataError(f"{self.name} has no {key}{more}: this evaluation needs it")
 
-    def keys(self) -> list[Any] | None:
-        """Something equal for equal images: `content`, else the bytes of the embedding or logits; None without any."""
-        if self.content is not None:
-            return list(self.content)
-        table = self.embedding if self.embedding is not None else self.logits
+    def keys(self, kind: str) -> list[Any] | None:
+        """Something equal for equal images, by the `KEYS` kind asked for; None where that is not known.
+
+        "content": what a score file gives. "pixels": `pixel_keys`. "embedding", "logits": their bytes, which tell only images
+        that went through the network in batches of one size.
+        """
+        if kind == "content":
+            return None if self.content is None else list(self.content)
+        if kind == "pixels":
+            keys = None if self.features is None else pixel_keys(self.features)
+            return None if keys is None else keys.tolist()
+        table = getattr(self, kind)
         return None if table is None else [np.ascontiguousarray(row).tobytes() for row in table]
 
 
@@ -86,18 +102,22 @@ def not_constant(scores: Mapping[str, Sequence[np.ndarray]]) -> None:
 
 
 def overlap(a: Scored, b: Scored) -> tuple[list[int], list[int]]:
-    """Rows of a whose image is also in b, and rows of b whose image is also in a (by `Scored.keys`)."""
-    mine, theirs = a.keys(), b.keys()
-    if mine is None or theirs is None:
-        return [], []
-    first, second = set(mine), set(theirs)
-    return [i for i, key in enumerate(mine) if key in second], [i for i, key in enumerate(theirs) if key in first]
+    """Rows of a whose image is also in b, and rows of b whose image is also in a, by the first of `KEYS` that both have."""
+    for kind in KEYS:
+        mine, theirs = a.keys(kind), b.keys(kind)
+        if mine is not None and theirs is not None:
+            first, second = set(mine), set(theirs)
+            return [i for i, key in enumerate(mine) if key in second], [
+                i for i, key in enumerate(theirs) if key in first
+            ]
+    return [], []
 
 
 def read(place: str | Path, model: Any = None, split: str = "test") -> Scored:
     """One set from a score file, a folder of stored features, or images for `model` (see `open_model`).
 
-    Raises DataError for what cannot be read, OptionError where images are given without a model.
+    Images: a folder or file, the name of a set (`datasets.SETS`), or a data set on the hub; a folder wins over a name, a name
+    over the hub. Raises DataError for what cannot be read, OptionError where images are given without a model.
     """
     path = Path(place).expanduser()
     name = path.stem if path.suffix in (".npz", ".csv") else path.name or str(place)
@@ -107,12 +127,16 @@ def read(place: str | Path, model: Any = None, split: str = "test") -> Scored:
         return (_from_npz if path.suffix == ".npz" else _from_csv)(path, name)
     if (path / MANIFEST).is_file():
         return from_features(name, Features.load(path), model)
+    named = str(place) in SETS and not path.exists()
+    if not named and not path.exists():
+        check_spelling(str(place))
     if model is None:
         raise OptionError(f"{place} is neither a score file (.npz, .csv) nor stored features; for images give --model")
     from ..adapters.data import open_source
 
     backbone = getattr(model, "backbone", model)
-    return from_features(name, backbone.extract(open_source(str(place), split)), model)
+    source = open_named(str(place), split) if named else open_source(str(place), split)
+    return from_features(name, backbone.extract(source), model)
 
 
 def open_model(name: str | None, checkpoint: Path | None = None, device: str | None = None) -> Any:
@@ -139,7 +163,12 @@ def from_features(name: str, features: Features, model: Any = None) -> Scored:
     """Features (views: their mean) and, where `model` is fitted, the scores of its heads."""
     tables: dict[str, Any] = {key: _one_view(getattr(features, key)) for key in TABLES}
     scores = head_scores(model, features) if hasattr(model, "heads") else {}
-    return Scored(name, scores, features.label, None, model=model, features=features, **tables)
+    dataset = (
+        features.source.name
+        if features.source is not None and features.source.kind == KIND
+        else registered_name(features)
+    )
+    return Scored(name, scores, features.label, None, model=model, features=features, dataset=dataset, **tables)
 
 
 def head_scores(model: Any, features: Features) -> dict[str, np.ndarray]:
@@ -160,7 +189,7 @@ def head_scores(model: Any, features: Features) -> dict[str, np.ndarray]:
 def from_arrays(name: str, arrays: Mapping[str, Array]) -> Scored:
     """A set from arrays by name, as in an .npz score file."""
     given = {key: as_numpy(values) for key, values in arrays.items()}
-    known: dict[str, Any] = {key: given.pop(key) for key in ("label", "correct", "content", *TABLES) if key in given}
+    known: dict[str, Any] = {key: given.pop(key) for key in (*KNOWN, *TABLES) if key in given}
     scores = {key: values for key, values in given.items() if key not in NOT_SCORES and values.dtype.kind in "fiub"}
     for key, values in scores.items():
         if values.ndim != 1:

@@ -1,9 +1,11 @@
 """OOD detection, one table for each OOD set: every head, every free score, every detector, with intervals.
 
     posthoc eval ood --id test.npz --ood tiny.npz dtd.npz
+    posthoc eval ood --id cifar10 --ood tiny-imagenet dtd --model adapter/
     posthoc eval ood --id photos/ --ood textures/ --model adapter/ --train training-photos/ --held-out other-photos/
 
-Higher uncertainty means OOD, and nothing is turned round to look better. No OOD row selects or fits anything.
+Higher uncertainty means OOD, and nothing is turned round to look better. No OOD row selects or fits anything. Of an OOD set that
+shares classes with the ID set (`dataset_classes`) there are two tables, with these images and without.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 
 from ..adapters.errors import DataError, OptionError
 from .command import run_command
+from .dataset_notes import parts_by_class, preprocessing_notes, unremoved_classes
 from .inputs import Scored, not_constant, overlap, read
 from .ood_statistics import OodMetrics, ScodAurc, ScodAuroc
 from .score_rows import REFERENCE, RowsCommand, mistakes
@@ -103,7 +106,8 @@ class Ood(RowsCommand):
     Example: posthoc eval ood --id test.npz --ood tiny-imagenet.npz dtd.npz --far dtd"""
 
     id: str
-    """ID images: score file (.npz, .csv), stored features, or images with --model"""
+    """ID images: score file (.npz, .csv), stored features, or images with --model: a folder, a data set on the hub, or one of
+    cifar10, cifar100, svhn, tiny-imagenet, lsun, celeba, coco, dtd, notmnist, cars196, mnist, fashion-mnist, omniglot"""
     ood: tuple[str, ...]
     """one or several OOD sets, each as --id"""
     near: tuple[str, ...] = ()
@@ -128,19 +132,27 @@ class Ood(RowsCommand):
         wrong, why = mistakes(inside)
         if why is not None:
             more.append(f"no scod: {why}")
+        more += preprocessing_notes(sets)
         made = []
-        for k, name in enumerate(names, start=1):
-            kind = "near" if name in self.near else "far" if name in self.far else None
-            tables = [
-                ood_table(
-                    scores[0], scores[k], name=name, kind=kind, wrong=wrong, reference=self.reference,
-                    resamples=self.resamples, seed=self.seed,
-                )
-                for scores in every
-            ]  # fmt: skip
-            table = tables[0] if len(tables) == 1 else over_seeds(tables)
-            mine = [note for note in notes if f" images of {name} are " in note]
-            made.append(Table(table.title, table.metrics, table.cells, (*table.notes, *mine, *more), table.about))
+        for k, one in enumerate(outside, start=1):
+            mine = [note for note in notes if f" images of {one.name} are " in note] + unremoved_classes(inside, one)
+            for part in parts_by_class(inside, one):
+                tables = [
+                    ood_table(
+                        scores[0],
+                        {key: values[part.rows] for key, values in scores[k].items()},
+                        name=part.name,
+                        kind="near" if one.name in self.near else "far" if one.name in self.far else None,
+                        wrong=wrong,
+                        reference=self.reference,
+                        resamples=self.resamples,
+                        seed=self.seed,
+                    )
+                    for scores in every
+                ]
+                table = tables[0] if len(tables) == 1 else over_seeds(tables)
+                told = (*table.notes, *part.notes, *mine, *more)
+                made.append(Table(table.title, table.metrics, table.cells, told, table.about | {"set": one.name}))
         return made
 
     def run(self) -> None:
