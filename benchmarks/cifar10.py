@@ -38,17 +38,10 @@ from posthoc.adapters.model import UncertainModel
 from posthoc.adapters.perturbations import CROP_FRACTIONS, center_crop
 from posthoc.adapters.scoring import feature_batches
 from posthoc.eval.baselines import entropy, fit_temperature, free_scores
+from posthoc.eval.dataset_classes import shared_classes
 from posthoc.recipes.networks import CifarResNet
 
 FOLDS, CROPPED, NEIGHBOURS, BATCH = 5, 2000, 50, 256
-# fmt: off
-OVERLAP = [
-    "n01641577", "n01644900", "n01855672", "n02002724", "n02056570", "n02058221", "n02085620", "n02094433", "n02099601",
-    "n02099712", "n02106662", "n02113799", "n02123045", "n02123394", "n02124075", "n02423022", "n02814533", "n03100240",
-    "n03670208", "n04285008", "n03796401", "n03977966", "n03447447", "n03662601",
-]
-# fmt: on
-"""Classes of Tiny ImageNet that CIFAR-10 has: 2 frogs, 4 birds, 6 dogs, 3 cats, a gazelle (deer), 4 cars, 2 vans, 2 boats."""
 
 
 def resnet(depth: int, shared: Path) -> Backbone:
@@ -80,12 +73,12 @@ def ood_images(shared: Path) -> dict[str, np.ndarray]:
         "parquet", data_files=str(shared / "data/dtd_textures_600_256px.parquet"), split="train"
     )
     letters = idx_images(shared / "data/notmnist-t10k-images-idx3-ubyte.gz")
-    names = tiny.features["label"].names
+    names, shared_ids = tiny.features["label"].names, shared_classes("cifar10", "tiny-imagenet")
     return {
         "tiny-imagenet": np.stack([small(image) for image in tiny["image"]]),
         "dtd": np.stack([small(image) for image in dtd["image"]]),
         "notmnist": np.stack([small(Image.fromarray(image)) for image in letters]),
-        "overlap": np.array([names[label] in OVERLAP for label in tiny["label"]]),
+        "overlap": np.array([names[label] in shared_ids for label in tiny["label"]]),
     }
 
 
