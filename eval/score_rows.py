@@ -14,6 +14,7 @@ import numpy as np
 
 from ..adapters.errors import BackboneError, DataError, OptionError
 from ..adapters.features import Features
+from ..adapters.files import CONFIG_NAME
 from . import augmentation, baselines
 from .command import TableCommand
 from .detectors import Training, ensemble, fit_detectors, last_layer
@@ -218,6 +219,8 @@ class RowsCommand(TableCommand):
         if self.views < 1:
             raise OptionError(f"--views {self.views} was given; expected at least 1")
         check_live(self.live)
+        if len(self.model) > 1 and not all((Path(name) / CONFIG_NAME).is_file() for name in self.model):
+            raise OptionError("several --model must be folders of adapters that were fitted with different seeds")
         first = open_model(self.model[0] if self.model else None, self.checkpoint, self.device)
         return [first, *_further(self.model, first)]
 
@@ -249,8 +252,6 @@ def _further(names: Sequence[str], first: Any) -> list[Any]:
     """The adapters after the first, on its backbone. Raises OptionError unless they differ in their seed alone."""
     if len(names) < 2:
         return []
-    if not hasattr(first, "heads") or any(not Path(name).is_dir() for name in names):
-        raise OptionError("several --model must be folders of adapters that were fitted with different seeds")
     from ..adapters.model import load
 
     models = [first]

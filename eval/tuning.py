@@ -50,13 +50,13 @@ def choose(method: Method, held_out: Scored, wrong: np.ndarray) -> float | None:
     """The value of the method's grid with the highest AUROC of the mistakes; of equal ones the nearest to the default.
 
     `wrong` bool [N]: the classifier's mistakes on the held-out images, neither none nor all. None where no value gives a
-    score.
+    score that ranks anything.
     """
     best: tuple[float, float] | None = None
     kept = None
     for value in method.setting.grid:
         scores = method.make(value)(held_out)
-        if scores is None:
+        if scores is None or scores.min() == scores.max():
             continue
         key = (float(Auroc(scores[~wrong], scores[wrong]).value()), -abs(value - method.setting.default))
         if best is None or key > best:
