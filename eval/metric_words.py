@@ -51,6 +51,14 @@ METRICS = {
     "ausc": Words(
         "AUSC", "higher", "the mean accuracy of what is left, over the shares of least certain images dropped"
     ),
+    "lam_ausc": Words("LAM's AUSC", "higher", "AUSC with the scores of a query and of its neighbour added up"),
+    "lam_map_at_10": Words("LAM's mAP@10", "higher", "mAP@10 where a query without an image of its class counts as 1"),
+    "missed": Words("missed", "lower", "the share of a query's images of its class that lie outside its set"),
+    "none": Words("none inside", "lower", "the share of queries whose set holds no image of their class"),
+    "size": Words("set size", "lower", "the images in a query's set"),
+    "share_of_gallery": Words("share of gallery", "lower", "the same as a share of all images that are searched"),
+    "empty": Words("empty", "lower", "the share of queries whose set is empty"),
+    "everything": Words("everything", "lower", "the share of queries whose set holds every image"),
 }
 PREFIXES = {
     "accuracy_at_": ("accuracy at ", "higher", "the accuracy of that share of images, the most certain ones"),

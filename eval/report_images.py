@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..adapters.errors import DataError
 from ..adapters.source_loader import load_image
 from .credible import CredibleSets
+from .credible_table import posterior
 from .inputs import Scored
-from .retrieval import as_unit, neighbours
+from .search import directions, neighbours
 
 SIDE, BYTES = 96, 6144
 SHOWN = 10
@@ -28,12 +30,13 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of a strip: `uri` is a data: URI, `words` stand below it, `marked` gives it a coloured frame."""
+    """One image of a strip: `uri` is a data: URI, `words` stand below it, `marked` gives it a frame, `odd` colours the words."""
 
     uri: str
     alt: str
     words: str
     marked: bool = False
+    odd: bool = False
     tiny: bool = False
     """Whether it is shown larger than it is, pixel by pixel."""
 
@@ -87,19 +90,28 @@ def _scored(one: Scored, row: int, value: float, outside: bool) -> Picture:
 def retrieval_strips(one: Scored, seed: int) -> tuple[list[Strip], dict[str, Any] | None]:
     """Queries with their nearest neighbours in the other half of the set, and which lie in the query's credible set.
 
-    The set is split at random into queries and gallery. With a kappa head its posterior's directions are compared, and the
-    set is the smallest cap with mass .95; else embeddings are, without sets. Nothing where images or enough rows lack.
+    The images are split at random into queries and gallery. Where a head answers with kappa, the directions of its
+    posteriors are compared, and the set is the smallest cap with mass .95; else embeddings are, without sets. Nothing where
+    images or enough rows lack.
     """
-    if not can_show(one) or one.embedding is None or one.rows < 4 * NEAREST:
+    if not can_show(one) or one.embedding is None or one.embedding.shape[1] < 2 or one.rows < 4 * NEAREST:
         return [], None
     order = np.random.default_rng(seed).permutation(one.rows)
     gallery_rows, queries = np.sort(order[one.rows // 2 :]), np.sort(order[: one.rows // 2])
-    direction, kappa = posterior(one)
+    try:
+        mean, kappa, _ = posterior(one)
+    except DataError:
+        mean, kappa = one.embedding, None
+    direction = directions(f"{one.name}: embedding", mean)
     if kappa is not None:  # from certain to uncertain
         ranked = queries[np.argsort(-kappa[queries], kind="stable")]
         queries = ranked[np.linspace(0, len(ranked) - 1, QUERIES).astype(int)]
     else:
         queries = queries[np.linspace(0, len(queries) - 1, QUERIES).astype(int)]
+    for query in queries:  # a copy of a query says nothing about its neighbours
+        gallery_rows = gallery_rows[(direction[gallery_rows] != direction[query]).any(1)]
+    if len(gallery_rows) < NEAREST:
+        return [], None
     near = neighbours(direction[queries], direction[gallery_rows], NEAREST)
     inside = np.zeros((len(queries), len(gallery_rows)), bool)
     if kappa is not None:
@@ -125,45 +137,27 @@ def retrieval_strips(one: Scored, seed: int) -> tuple[list[Strip], dict[str, Any
 def _neighbours(
     one: Scored, query: int, rows: np.ndarray, cosines: np.ndarray, members: np.ndarray, size: int | None, gallery: int
 ) -> Strip:
+    label = one.label if one.label is not None and one.label.ndim == 1 else None
+
     def of(row: int) -> str:
-        return "" if one.label is None or one.label.ndim != 1 else f"class {one.label[row]}"
+        return "" if label is None else f"class {label[row]}"
 
     found = [picture(one, query, f"query: {one.name}, row {query}, {of(query)}", f"query\n{of(query)}")]
     for row, cosine, member in zip(rows, cosines, members, strict=True):
         held = "" if size is None else f", {'inside' if member else 'outside'} the credible set"
-        found.append(
-            picture(one, row, f"row {row}, {of(row)}, cosine {cosine:.3f}{held}", f"{cosine:.3f}\n{of(row)}", member)
-        )
+        odd = label is not None and label[row] != label[query]
+        alt, below = f"row {row}, {of(row)}, cosine {cosine:.3f}{held}", f"{cosine:.3f}\n{of(row)}"
+        found.append(picture(one, int(row), alt, below, member, odd))
     title = f"row {query}" if size is None else f"row {query}: {size} of {gallery} images in its credible set"
     return Strip(title, tuple(found))
 
 
-def posterior(one: Scored) -> tuple[np.ndarray, np.ndarray | None]:
-    """Directions float64 [N, d] and, from a kappa head, concentrations [N]; without one the embedding's directions."""
-    import torch
-
-    from ..adapters.heads.kappa import KappaHead
-    from ..adapters.scoring import feature_batches
-
-    heads = [head for _, head, _ in one.model.each_head()] if hasattr(one.model, "each_head") else []
-    head = next((head for head in heads if isinstance(head, KappaHead)), None)
-    if head is None or one.features is None or one.features.views > 1:
-        return as_unit(np.asarray(one.embedding, np.float64)), None
-    parts = []
-    for _, batch in feature_batches(one.features, np.arange(one.rows), one.model.device):
-        with torch.no_grad():
-            mu, kappa = head.posterior(batch.embedding)
-            parts.append((mu.double().cpu().numpy(), (kappa * head.calibration).double().cpu().numpy()))
-    mu, kappa = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return as_unit(mu), kappa
-
-
-def picture(one: Scored, row: int, alt: str, words: str, marked: bool = False) -> Picture:
+def picture(one: Scored, row: int, alt: str, words: str, marked: bool = False, odd: bool = False) -> Picture:
     """The thumbnail of a row of a set whose images can be shown."""
     image = _image(one, row).copy()  # the source's own may be in memory, and thumbnails are made in place
     tiny = max(image.size) <= SIDE // 2
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return Picture(_data_uri(image), alt, words, bool(marked), tiny)
+    return Picture(_data_uri(image), alt, words, bool(marked), bool(odd), tiny)
 
 
 def _image(one: Scored, row: int) -> Any:

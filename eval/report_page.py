@@ -38,6 +38,7 @@ class Section:
     more_figures: list[Figure] = field(default_factory=list)
     """Shown when asked for."""
     strips: list[tuple[str, list[Strip]]] = field(default_factory=list)
+    strips_lead: str = ""
 
     @property
     def empty(self) -> bool:
@@ -123,8 +124,9 @@ def _section(one: Section) -> str:
         parts.append(
             f"<details><summary>{len(one.more_figures)} more scores</summary>{_figures(one.more_figures)}</details>"
         )
-    for place, (title, strips) in enumerate(one.strips):
-        parts.append(_strips(title, strips, place == 0 or len(one.strips) == 1))
+    if one.strips_lead:
+        parts.append(f'<p class="lead apart">{escape(one.strips_lead)}</p>')
+    parts += [_strips(title, strips, opened=not place) for place, (title, strips) in enumerate(one.strips)]
     return "\n".join([*filter(None, parts), "</section>"])
 
 
@@ -261,8 +263,13 @@ def _percent(value: float, span: tuple[float, float]) -> str:
 def _meanings(tables: Sequence[tuple[str, Table]]) -> str:
     """What the columns of a section's tables mean, each once."""
     metrics = dict.fromkeys(metric for _, table in tables for metric in table.metrics)
-    known = [one for one in map(words, metrics) if one.meaning]
-    rows = "".join(f"<div><dt>{escape(one.label)}</dt><dd>{escape(one.meaning)}</dd></div>" for one in known)
+    labels: dict[str, list[str]] = {}
+    for one in map(words, metrics):
+        if one.meaning:
+            labels.setdefault(one.meaning, []).append(one.label)
+    rows = "".join(
+        f"<div><dt>{escape(', '.join(of))}</dt><dd>{escape(meaning)}</dd></div>" for meaning, of in labels.items()
+    )
     return f'<dl class="meanings">{rows}</dl>' if rows else ""
 
 
@@ -276,9 +283,10 @@ def _strips(title: str, strips: Sequence[Strip], opened: bool) -> str:
 def _strip(strip: Strip) -> str:
     pictures = []
     for one in strip.pictures:
-        kind, tiny = "marked" if one.marked else "plain", ' class="tiny"' if one.tiny else ""
+        kind = " ".join(word for word, given in (("marked", one.marked), ("odd", one.odd)) if given) or "plain"
+        tiny = ' class="tiny"' if one.tiny else ""
         pictures.append(
-            f'<figure class="{kind}"><img src="{escape(one.uri)}" alt="{escape(one.alt)}"{tiny} loading="lazy">'
+            f'<figure class="{kind}"><img src="{escape(one.uri)}" alt="{escape(one.alt)}"{tiny}>'
             f"<figcaption>{_lines(one.words)}</figcaption></figure>"
         )
     return (

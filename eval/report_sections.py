@@ -37,16 +37,16 @@ KINDS: tuple[tuple[str, str, str, frozenset[str]], ...] = (
         frozenset({"ece", "nll", "brier"}),
     ),
     (
+        "retrieval",
+        "Retrieval",
+        "Are the nearest neighbours of an image of its class, and does its uncertainty know when they are not?",
+        frozenset({"r_auroc", "recall_at_1", "map_at_r", "share_of_gallery"}),
+    ),
+    (
         "selective",
         "Selective prediction",
         "Does a score put the classifier's mistakes last? The least certain images are handed to a person.",
         frozenset({"aurc", "augrc"}),
-    ),
-    (
-        "retrieval",
-        "Retrieval",
-        "Are the nearest neighbours of an image of its class, and does its uncertainty know when they are not?",
-        frozenset({"r_auroc", "recall_at_1", "recall@1", "map_at_r"}),
     ),
 )
 
@@ -67,7 +67,7 @@ def sections(results: Results, evaluated: Evaluated) -> list[Section]:
         found["selective"].figures.append(_risk(results.figures["risk_coverage"], look))
     if evaluated.neighbours:
         found["retrieval"].strips.append(("", evaluated.neighbours))
-        found["retrieval"].lead += _cap_words(results.figures["neighbours"])
+        found["retrieval"].strips_lead = _cap_words(results.figures["neighbours"])
     order = ["ood", "calibration", "selective", "retrieval"]
     return [
         *(found[key] for key in order),
@@ -174,13 +174,16 @@ def _galleries(given: Mapping[str, list[Strip]]) -> Section:
 
 
 def _cap_words(told: Mapping[str, Any]) -> str:
-    split = f" Below, queries and their {NEAREST} nearest among {told['gallery_rows']} other images of {told['set']}"
+    split = (
+        f"Queries and their {NEAREST} nearest among {told['gallery_rows']} other images of {told['set']}, with their cosines. "
+        "Orange: of another class."
+    )
     if told["mass"] is None:
-        return f"{split}, with their cosines."
+        return split
     return (
-        f"{split}, with their cosines, from the most certain query to the least. Framed: inside the query's credible set, the "
-        f"smallest cap that holds {told['mass']:.0%} of its posterior (nominal; whether an image of the class lies inside as "
-        "often is for a calibrated set to say)."
+        f"{split} Framed: inside the query's credible set, the smallest cap that holds {told['mass']:.0%} of its posterior "
+        "(nominal; whether an image of the class lies inside as often is for a calibrated set to say). From the most certain "
+        "query to the least."
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,10 @@ from .inputs import Scored
 from .ood import check_overlap, ood_table
 from .report_figures import drawn_names, figures_of, has_classes
 from .report_images import Strip, can_show, gallery, retrieval_strips
+from .retrieval import embedding_table, retrieve, score_table
 from .scaling import FITS, fit_scaling
 from .score_rows import REFERENCE, mistakes, score_all
+from .search import directions
 from .selective import selective_table
 from .table import Table
 
@@ -69,6 +71,7 @@ def evaluate(
     if wrong is not None:
         table = selective_table(scores[0], wrong, name=inside.name, reference=reference, **options)
         tables.append(_noted(table, notes))
+    tables += [_noted(table, notes) for table in _retrieval(inside, scores[0], **options)]
     given = [name for name in scores[0] if name in inside.scores]
     drawn = drawn_names(given, [name for name in scores[0] if name not in given])
     figures = figures_of(sets, scores, drawn, wrong, **options)
@@ -92,6 +95,23 @@ def _calibration(inside: Scored, held_out: Scored | None, **options: Any) -> Tab
             values[kind] = fit_scaling(kind, held_out.logits, held_out.label).log_probability(logits)
         note = f"scalings fitted on {held_out.rows} rows of {held_out.name}"
     return _noted(calibration_table(values, label, name=inside.name, **options), [note])
+
+
+def _retrieval(inside: Scored, scores: Mapping[str, np.ndarray], **options: Any) -> list[Table]:
+    """What an image finds among the others of its set, and which scores tell where it is of another class."""
+    if inside.embedding is None or inside.label is None or inside.label.ndim != 1 or inside.rows < 2:
+        return []
+    rows = directions(f"{inside.name}: embedding", inside.embedding)
+    found = retrieve(rows, inside.label)
+    hit = found.hit[found.known]
+    if not len(hit):
+        return []
+    tables = [embedding_table(found, name=inside.name, **options)]
+    every = {"distance": found.distance, **scores}
+    kept = {name: values for name, values in every.items() if np.ptp(np.asarray(values)[found.known]) > 0}
+    if kept and 0 < hit.sum() < len(hit):
+        tables.append(score_table(kept, found, name=inside.name, **options))
+    return tables
 
 
 def _noted(table: Table, notes: Sequence[str]) -> Table:
