@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def methods(train: Scored | None, training: Training | None) -> dict[str, Method
         found["kNN"] = Method(KNN, lambda k: _knn(train, int(k)))
     if training is not None:
         for name, setting in SETTINGS.items():
-            found[name] = Method(setting, lambda value, name=name: _detector(training, name, value))
+            found[name] = Method(setting, partial(_detector, training, name))
     return found
 
 
