@@ -25,7 +25,7 @@ _KEYS = {b"data", b"labels", b"fine_labels", b"coarse_labels", b"filenames", b"b
 def npz(path: Path, train: bool) -> Source:
     """`x_train` [N,32,32,3] and `y_train`, `x_test` and `y_test` of one .npz."""
     part = "train" if train else "test"
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
         images, label = file[f"x_{part}"], file[f"y_{part}"]
     return _cifar(images, label, CIFAR10)
 
@@ -72,22 +72,21 @@ def _batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Under "data" the one long string is the array's bytes (a pickle of Python 3 may write them as latin-1 text), and
     under "labels" or "fine_labels" the whole numbers are the labels.
     """
-    key, pixels, label, fortran, order = b"", b"", [], False, False
+    key, pixels, label, flag, fortran = b"", b"", [], False, False
     for token, value, _ in pickletools.genops(path.read_bytes()):
         if token.name in _WHOLE and key in (b"labels", b"fine_labels"):
             label.append(value)
         elif token.name in ("NEWTRUE", "NEWFALSE"):
-            fortran = token.name == "NEWTRUE"
-        elif isinstance(value, str | bytes) and "PUT" not in token.name:
-            text = value.encode("latin-1", "replace") if isinstance(value, str) else value
+            flag = token.name == "NEWTRUE"
+        elif isinstance(value, str | bytes | bytearray):
+            text = value.encode("latin-1", "replace") if isinstance(value, str) else bytes(value)
             if text in _KEYS:
-                key = text
+                key, flag = text, False
             elif key == b"data" and len(text) >= _PIXELS:
-                pixels, order = (
-                    text,
-                    fortran,
-                )  # the last truth value before the bytes says whether the order is Fortran's
-    if order:
+                pixels, fortran = text, flag  # the last truth value before the bytes: is their order Fortran's?
+            elif key == b"data" and text == b"F":  # the same, as the newest pickles say it
+                fortran = True
+    if fortran:
         raise DataError(f"{path}: the array is in Fortran's order; the official batches are in C's")
     if not pixels or len(pixels) != len(label) * _PIXELS:
         raise DataError(

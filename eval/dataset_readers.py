@@ -8,7 +8,7 @@ the same files with torchvision too. CIFAR is in dataset_cifar.py.
 from __future__ import annotations
 
 import gzip
-import os
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -121,38 +121,35 @@ def letters(path: Path, train: bool) -> Source:
     return _files(whole, _indices([one.parent.name for one in whole], tuple("ABCDEFGHIJ")), path)
 
 
+_ONE_READER = threading.Lock()  # LMDB refuses to open an environment twice in one process
+
+
 class LmdbSource(Source):
     """Encoded images of LMDB folders, in the order of their keys; each folder is a class, if there are several.
 
-    Opened again in every process that reads, since an LMDB environment must not cross a fork. Needs the package lmdb.
+    Opened for each image, since an open environment must not cross a fork into a loader's worker. Needs the package lmdb.
     """
 
     kind = "lmdb"
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        self.folders, self._open = list(folders), {}
+        self.folders = list(folders)
         self.keys = [self._keys(folder) for folder in self.folders]
         self.ends = np.cumsum([len(keys) for keys in self.keys])
         self.length = int(self.ends[-1])
 
     def _keys(self, folder: Path) -> list[bytes]:
-        with _lmdb(folder) as environment, environment.begin() as transaction:
+        with _ONE_READER, _lmdb(folder) as environment, environment.begin() as transaction:
             return list(transaction.cursor().iternext(keys=True, values=False))
 
     def item(self, row: int) -> Item:
         part = int(np.searchsorted(self.ends, row, side="right"))
-        place = (os.getpid(), part)
-        if place not in self._open:
-            self._open[place] = _lmdb(self.folders[part])
-        with self._open[place].begin() as transaction:
-            key = self.keys[part][row - int(self.ends[part])]
+        key = self.keys[part][row - int(self.ends[part])]
+        with _ONE_READER, _lmdb(self.folders[part]) as environment, environment.begin() as transaction:
             return Item(bytes(transaction.get(key)), part if len(self.folders) > 1 else None)
 
     def _fingerprint(self, progress: bool) -> str:
         return digest("lmdb", [(folder.name, *file_stamp(folder / "data.mdb")) for folder in self.folders], self.keys)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
 
 
 def lsun(path: Path, train: bool) -> Source:
