@@ -20,8 +20,8 @@ BINS = 40
 CLIPPED = 0.005
 """Share of the images at each end whose scores are drawn in the last bin."""
 SKEWED, LOWEST = 100.0, 1e-8
-"""Scores of at least 0 whose lower quarter lies this factor below the top are drawn on a logarithmic axis, which begins at
-no less than that share of the top: a softmax's doubt rounds to 0."""
+"""Scores of at least 0 whose lower quarter (zeros left out) lies this factor below the top are drawn on a logarithmic
+axis, which begins at no less than that share of the top: a softmax's doubt rounds to 0."""
 
 
 def drawn_names(given: Sequence[str], free: Sequence[str]) -> list[str]:
@@ -62,8 +62,8 @@ def risk_figure(
 def histogram_figure(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Shares of each set's images in common bins of one score; what lies beyond `CLIPPED` is in the bins at the ends."""
     pooled = np.concatenate([np.asarray(one, np.float64) for one in values.values()])
-    low, quarter, high = np.quantile(pooled, [CLIPPED, 0.25, 1 - CLIPPED])
-    logarithmic = bool(pooled.min() >= 0 and high > SKEWED * quarter)
+    low, high = np.quantile(pooled, [CLIPPED, 1 - CLIPPED])
+    logarithmic = bool(pooled.min() >= 0 < high and high > SKEWED * np.quantile(pooled[pooled > 0], 0.25))
     if logarithmic:
         edges = np.geomspace(max(low, LOWEST * high), high, BINS + 1)
     elif low < high:

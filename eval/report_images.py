@@ -84,7 +84,7 @@ def gallery(
 def _scored(one: Scored, row: int, value: float, outside: bool) -> Picture:
     label = "" if one.label is None or one.label.ndim != 1 else f", class {one.label[row]}"
     where = f"{one.name} row {row}" if outside else f"row {row}"
-    return picture(one, row, f"{one.name}, row {row}{label}, uncertainty {value:.4g}", f"{value:.3g}\n{where}")
+    return picture(one, row, f"{one.name}, row {row}{label}, uncertainty {value:.4g}", f"{value:.3g}\n{where}", outside)
 
 
 def retrieval_strips(one: Scored, seed: int) -> tuple[list[Strip], dict[str, Any] | None]:

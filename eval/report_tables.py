@@ -55,6 +55,7 @@ def evaluate(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise OptionError(f"two sets are called {', '.join(twice)}; rename a file or folder: a name tells them apart")
+    shared = {one.name: check_overlap(inside, [one]) for one in sets[1:]}
     scores, notes = score_all(sets, train, held_out=held_out)
     if not scores[0]:
         raise DataError("there is no score that all sets have: give score files with the same names, or features")
@@ -65,7 +66,7 @@ def evaluate(
     tables = []
     for one, theirs in zip(sets[1:], scores[1:], strict=True):
         table = ood_table(scores[0], theirs, name=one.name, wrong=wrong, reference=reference, **options)
-        tables.append(_noted(table, [*check_overlap(inside, [one]), *notes, *([f"no scod: {why}"] if why else [])]))
+        tables.append(_noted(table, [*shared[one.name], *notes, *([f"no scod: {why}"] if why else [])]))
     if has_classes(inside):
         tables.append(_calibration(inside, held_out, **options))
     if wrong is not None:
@@ -110,7 +111,7 @@ def _retrieval(inside: Scored, scores: Mapping[str, np.ndarray], **options: Any)
     every = {"distance": found.distance, **scores}
     kept = {name: values for name, values in every.items() if np.ptp(np.asarray(values)[found.known]) > 0}
     if kept and 0 < hit.sum() < len(hit):
-        tables.append(score_table(kept, found, name=inside.name, **options))
+        tables.append(score_table(kept, found, gallery_scores=scores, name=inside.name, **options))
     return tables
 
 
