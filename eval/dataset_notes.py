@@ -97,7 +97,9 @@ def parts_by_class(inside: Any, outside: Any) -> list[Part]:
         raise DataError(f"{outside.name} shares classes with {inside.name}, and has no labels that tell which images")
     odd = np.isin(outside.label, [classes.index(name) for name in shared])
     seen = len(np.unique(outside.label[odd]))
-    what = f"{odd.sum()} of the {outside.rows} images are of {seen} classes that {inside.dataset} has too"
+    what = (
+        f"{odd.sum()} of the {outside.rows} images are of {seen} class{'es' * (seen > 1)} that {inside.dataset} has too"
+    )
     whole = Part(f"{outside.name}, all images", slice(None), (f"{what}: the next table is without them",))
     if not odd.any():
         return [Part(outside.name, slice(None))]
@@ -114,13 +116,10 @@ def unremoved_classes(inside: Any, outside: Any) -> list[str]:
 
 def preprocessing_notes(sets: Sequence[Any]) -> list[str]:
     """How the backbone's own preprocessing treated the images, one note for all sets or, if they differ, one for each."""
-    found = {one.name: preprocessing_text(_settings(one.features)) for one in sets if one.features is not None}
-    told = {name: text for name, text in found.items() if text is not None}
-    if not told:
-        return []
-    if len(set(told.values())) == 1 and len(told) == len(sets):
-        return [f"images {next(iter(told.values()))}"]
-    return [f"images of {name} {text}" for name, text in told.items()]
+    texts = [None if one.features is None else preprocessing_text(_settings(one.features)) for one in sets]
+    if len(set(texts)) == 1 and texts[0] is not None:
+        return [f"images {texts[0]}"]
+    return [f"images of {one.name} {text}" for one, text in zip(sets, texts, strict=True) if text is not None]
 
 
 def preprocessing_text(settings: Mapping[str, Any] | None) -> str | None:
