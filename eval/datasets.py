@@ -167,8 +167,8 @@ def open_named(name: str, split: str = "test", data_dir: str | Path | None = Non
     root, train = Path(data_dir or default_data_dir()).expanduser(), split == "train"
     for layout in SETS[name].layouts:
         wanted = layout.train if train else layout.test
-        for base in (root, root / name) if wanted else ():
-            if (base / wanted).exists():
+        for base in (root, root / name):
+            if wanted is not None and (base / wanted).exists():
                 return _opened(name, layout, base / wanted, train)
     raise DataError(_not_there(name, root, train))
 

@@ -152,7 +152,7 @@ class Ood(RowsCommand):
                 ]
                 table = tables[0] if len(tables) == 1 else over_seeds(tables)
                 told = (*table.notes, *part.notes, *mine, *more)
-                made.append(Table(table.title, table.metrics, table.cells, told, table.about | {"set": one.name}))
+                made.append(Table(table.title, table.metrics, table.cells, told, {**table.about, "set": one.name}))
         return made
 
     def run(self) -> None:
