@@ -36,7 +36,18 @@ class Demo:
     """Give a real ImageNet network an uncertainty and check it by eye: unseen classes, blur, errors, and a picture."""
 
 
-EVALUATIONS = ("ood", "calibration", "selective", "shift", "ambiguity", "transfer", "report")
+EVALUATIONS = (
+    "ood",
+    "calibration",
+    "selective",
+    "retrieval",
+    "probe",
+    "conformal",
+    "shift",
+    "ambiguity",
+    "transfer",
+    "report",
+)
 """What `posthoc eval NAME` runs: the `main` of `posthoc.eval.NAME`."""
 
 
@@ -45,10 +56,23 @@ class Eval:
     """Tables with intervals: `posthoc eval ood`, `calibration`, `shift`, ...; each explains itself with --help."""
 
     what: Annotated[
-        Positional[Literal["ood", "calibration", "selective", "shift", "ambiguity", "transfer", "report"]],
+        Positional[
+            Literal[
+                "ood",
+                "calibration",
+                "selective",
+                "retrieval",
+                "probe",
+                "conformal",
+                "shift",
+                "ambiguity",
+                "transfer",
+                "report",
+            ]
+        ],
         arg(metavar="WHAT"),
     ]
-    """ood, calibration, selective, shift, ambiguity, transfer or report; its own options follow"""
+    """ood, calibration, selective, retrieval, probe, conformal, shift, ambiguity, transfer or report; its own options follow"""
 
     def run(self) -> None:
         import_module(f".eval.{self.what}", __package__).main([])

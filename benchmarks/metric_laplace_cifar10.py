@@ -35,7 +35,8 @@ from posthoc.adapters.embedding_baselines import (
 from posthoc.adapters.metric_curvature import APPROXIMATIONS, LOSSES
 from posthoc.adapters.metric_predictive import MetricEmbedding
 from posthoc.adapters.training import TrainOptions
-from posthoc.eval import metrics, retrieval
+from posthoc.eval import metrics, search
+from posthoc.eval import retrieval_statistics as retrieval
 
 SCALES = [10.0**k for k in range(-3, 4)]
 COLUMNS = ("mAP@5", "mAP@10", "recall@1", "vote ECE", "AUSC")
@@ -94,7 +95,7 @@ def embed(method: Any, x: np.ndarray) -> MetricEmbedding:
 
 def judge(answer: MetricEmbedding, label: np.ndarray, ood: dict[str, MetricEmbedding]) -> dict[str, float]:
     """All columns of the table; uncertainty in two forms: 1 - R^2, and the paper's sum of standard deviations."""
-    nearest = retrieval.neighbours(answer.mean_direction, k=10)
+    nearest = search.neighbours(answer.mean_direction, k=10)
     hits, positives = retrieval.label_hits(nearest, label)
     row = {
         "mAP@5": retrieval.map_at(hits, positives, 5),

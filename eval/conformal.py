@@ -1,223 +1,160 @@
-"""Conformal classification on stored logits: sets of classes that hold the true one with a chosen probability.
+"""Conformal classification: sets of classes that hold the true one with a chosen probability, coverage beside their size.
 
->>> rng = np.random.default_rng(0)
->>> label = rng.integers(0, 5, 2000)
->>> logits = 3.0 * np.eye(5)[label] + 1.5 * rng.normal(size=(2000, 5))
->>> sets = fit_conformal(logits[:1000], label[:1000], method="lac", alpha=0.1).sets(logits[1000:])
->>> report = set_report(sets, label[1000:])
->>> round(float(report.covered.mean()), 1), bool(report.size.mean() < 3)
-(0.9, True)
+    posthoc eval conformal --data test.npz --held-out calibration.npz --alpha 0.1
+
+Thresholds come from the held-out rows alone; the promise is for images like those. A set of every class is no success.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..adapters.errors import DataError, OptionError
-from .arrays import Array, as_numpy, finite
-from .metrics import check_labels
+from ..adapters.errors import DataError
+from .command import TableCommand, run_command
+from .conformal_sets import ClassSetReport, fit_conformal, set_report
+from .inputs import Scored, open_model, overlap, read
+from .retrieval_statistics import KnownMeans
+from .statistics import Statistic
+from .table import Table, fill
 
-METHODS = ("lac", "aps", "raps")
-NUMBERS = 1 << 22  # probabilities held at a time
+REFERENCE = "LAC"
+NAMES = ("coverage", "size", "single", "empty")
+RULES: Mapping[str, dict] = {
+    "LAC": {"method": "lac"},
+    "APS": {"method": "aps"},
+    "APS, randomised": {"method": "aps", "randomised": True},
+    "RAPS": {"method": "raps"},
+    "RAPS, randomised": {"method": "raps", "randomised": True},
+}
 
 
-@dataclass(frozen=True)
-class ConformalClassifier:
-    """A fitted rule: a class is in the set of an image when its score is at most the threshold of the class.
+class ClassCoverage(Statistic):
+    """Coverage of the worst class and its mean over classes, [2]: `covered` bool [N], `label` int [N], rows of each class.
 
-    Attributes:
-        method: `lac`, `aps` or `raps`; see `class_scores`.
-        threshold: float64 [C]; the same number everywhere unless class-conditional. Infinity: the class is always in.
-        alpha: the share of images whose true class may be missing.
-        randomised: the scores draw one uniform number for each image.
-        penalty, free_ranks: of RAPS.
+    A class that a resample has no row of does not count there. The worst of many classes is low by chance alone.
     """
 
-    method: str
-    threshold: np.ndarray
-    alpha: float
-    randomised: bool
-    penalty: float
-    free_ranks: int
+    def __init__(self, covered: np.ndarray, label: np.ndarray) -> None:
+        _, place = np.unique(label, return_inverse=True)
+        self.rows = np.eye(place.max() + 1)[place]
+        self.covered = self.rows * np.asarray(covered, bool)[:, None]
+        self.sizes = (len(place),)
 
-    def sets(self, logits: Array, *, generator: np.random.Generator | None = None) -> np.ndarray:
-        """Which classes are in each image's set, bool [N, C]; a set may be empty.
-
-        logits: [N, C] of new images. generator: needed if randomised, and not in the state the calibration began with.
-        """
-        values = as_numpy(logits)
-        if values.ndim != 2 or values.shape[1] != len(self.threshold):
-            raise DataError(f"logits [N, {len(self.threshold)}] are expected, as calibrated; these are {values.shape}")
-        rule = (self.method, self.randomised, self.penalty, self.free_ranks)
-        found = [scores <= self.threshold for _, scores in _chunks(values, rule, generator)]
-        return np.concatenate(found) if found else np.zeros(values.shape, bool)
+    def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
+        rows = counts[0] @ self.rows
+        share = np.divide(counts[0] @ self.covered, rows, out=np.full_like(rows, np.nan), where=rows > 0)
+        return np.stack([np.nanmin(share, 1), np.nanmean(share, 1)], 1)
 
 
-def fit_conformal(
-    logits: Array,
-    label: Array,
+def conformal_table(
+    reports: Mapping[str, ClassSetReport],
     *,
-    method: str = "aps",
-    alpha: float = 0.1,
-    class_conditional: bool = False,
-    randomised: bool = False,
-    generator: np.random.Generator | None = None,
-    penalty: float = 0.01,
-    free_ranks: int = 5,
-) -> ConformalClassifier:
-    """Thresholds from calibration rows, which neither fitted the classifier nor are evaluated.
+    name: str = "conformal sets",
+    reference: str | None = REFERENCE,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Table:
+    """Coverage, mean size, shares of sets of one class and of none, and coverage by class, of rules by name.
 
-    The true class of an exchangeable new image is in its set with probability at least 1 - alpha, and, when no two
-    scores are equal, at most 1 - alpha + 1 / (n + 1).
-
-    Args:
-        logits: [N, C]. label: int [N]. alpha: in (0, 1).
-        method: `lac` (Sadinle et al., JASA 2019), `aps` (Romano et al., NeurIPS 2020) or `raps` (Angelopoulos et al.,
-            ICLR 2021).
-        class_conditional: one threshold for each class from its own rows (Mondrian), so that the promise holds within
-            every class.
-        randomised: APS and RAPS take the true class in part, which brings the coverage down to 1 - alpha; `generator`
-            draws the parts.
-        penalty, free_ranks: RAPS adds penalty x (rank - free_ranks) to the scores of classes that rank lower.
-
-    Raises DataError for shapes, labels or numbers that do not fit, and when class-conditional for classes with fewer
-    than 1 / alpha - 1 rows (named), whose threshold would be infinite. OptionError for unknown names, numbers out of
-    range, or no generator where one is needed.
+    Nothing is marked: a coverage is not better for being higher. Raises DataError for reports of different rows.
     """
-    if not 0.0 < alpha < 1.0:
-        raise OptionError(f"alpha={alpha} was given; expected a number between 0 and 1, such as 0.1")
-    scores = true_class_scores(
-        logits,
-        label,
-        method=method,
-        randomised=randomised,
-        generator=generator,
-        penalty=penalty,
-        free_ranks=free_ranks,
-    )
-    target = as_numpy(label).astype(np.int64)
-    classes = as_numpy(logits).shape[1]
-    if class_conditional:
-        counts, needed = np.bincount(target, minlength=classes), math.ceil((1 - alpha) / alpha - 1e-9)
-        rare = np.flatnonzero(counts < needed)
-        if len(rare):
-            names = ", ".join(f"{c} ({counts[c]})" for c in rare[:10]) + (", ..." if len(rare) > 10 else "")
+    cells = fill(
+        {
+            key: KnownMeans(np.stack([one.covered, one.size, one.size == 1, one.size == 0], 1).astype(float))
+            for key, one in reports.items()
+        },
+        NAMES, (), reference, resamples, seed,
+    )  # fmt: skip
+    made = {key: ClassCoverage(one.covered, one.label) for key, one in reports.items()}
+    by_class = ("worst_class_coverage", "mean_class_coverage")
+    for key, row in fill(made, by_class, (), reference, resamples, seed).items():
+        cells[key].update(row)
+    plain = {key: {m: replace(c, better=False) for m, c in row.items()} for key, row in cells.items()}
+    about = {"set": name, "rows": next(iter(made.values())).sizes[0], "reference": reference, "seed": seed}
+    return Table(name, (*NAMES, *by_class), plain, (), about)
+
+
+def fit_rules(
+    kept: Scored, one: Scored, *, alpha: float = 0.1, seed: int = 0
+) -> tuple[dict[str, ClassSetReport], list[str]]:
+    """Every rule of `RULES`, calibrated on all rows and within each class, reported on another set; notes.
+
+    Class-conditional rules are left out, and noted, where a class has too few calibration rows. Both sets need logits of the
+    same classes, and labels. Raises as `fit_conformal` and `set_report`.
+    """
+    reports: dict[str, ClassSetReport] = {}
+    notes: list[str] = []
+    for conditional in (False, True):
+        for name, rule in RULES.items():
+            streams = (np.random.default_rng([seed, part]) for part in (0, 1))
+            calibrating, judging = streams
+            try:
+                fitted = fit_conformal(
+                    kept.logits, kept.label, alpha=alpha, class_conditional=conditional, generator=calibrating, **rule
+                )
+            except DataError as error:
+                if not conditional:
+                    raise
+                notes.append(f"no class-conditional sets: {error}")
+                return reports, notes
+            sets = fitted.sets(one.logits, generator=judging)
+            reports[f"{name}, by class" if conditional else name] = set_report(sets, one.label)
+    return reports, notes
+
+
+@dataclass
+class Conformal(TableCommand):
+    """Sets of classes with a promised coverage: LAC, APS and RAPS, for all classes together and for each class.
+
+    Example: posthoc eval conformal --data test.npz --held-out calibration.npz"""
+
+    data: str
+    """labelled images with logits: score file (.npz), stored features, or images with --model"""
+    held_out: str
+    """labelled images the classifier was not fitted on: the thresholds come from them"""
+    model: str | None = None
+    """adapter folder or timm name, for images"""
+    alpha: float = 0.1
+    """share of images whose true class may be missing from their set"""
+    reference: str = REFERENCE
+    """rule that paired differences are taken from"""
+
+    def run(self) -> None:
+        model = open_model(self.model, self.checkpoint, self.device)
+        one, kept = (read(place, model, self.split) for place in (self.data, self.held_out))
+        for each in (one, kept):
+            each.need("label", "logits")
+        shared, _ = overlap(one, kept)
+        if shared:
             raise DataError(
-                f"{len(rare)} of {classes} classes have fewer than the {needed} calibration rows that alpha={alpha} needs "
-                f"within a class: class (rows) {names}. Give more rows, a larger alpha, or class_conditional=False"
+                f"{len(shared)} images of {one.name} are also in {kept.name} (first: row {shared[0]}): sets would be judged "
+                "on the rows they were calibrated on"
             )
-        order = np.argsort(target, kind="stable")
-        groups = np.split(scores[order], counts.cumsum()[:-1])
-        threshold = np.array([conformal_quantile(group, alpha) for group in groups])
-    else:
-        threshold = np.full(classes, conformal_quantile(scores, alpha))
-    return ConformalClassifier(method, threshold, alpha, randomised, penalty, free_ranks)
+        reports, notes = fit_rules(kept, one, alpha=self.alpha, seed=self.seed)
+        table = conformal_table(
+            reports,
+            name=f"{one.name}: conformal sets",
+            reference=self.reference,
+            resamples=self.resamples,
+            seed=self.seed,
+        )
+        promise = (
+            f"{one.rows} images; thresholds from {kept.rows} rows of {kept.name}: coverage at least {1 - self.alpha:.3g}, on "
+            "average over calibration sets (by class: within each class)"
+        )
+        ranked = (
+            "RAPS: 0.01 for each rank beyond the fifth; randomised: the true class is counted in part, which is drawn"
+        )
+        self.show([Table(table.title, table.metrics, table.cells, (promise, ranked, *notes), table.about)])
 
 
-def conformal_quantile(scores: Array, alpha: float) -> float:
-    """The ceil((n + 1)(1 - alpha))-th smallest of n scores; infinity when there are too few, n < 1 / alpha - 1."""
-    values = finite("the scores", scores)
-    place = math.ceil((len(values) + 1) * (1 - alpha) - 1e-9)
-    return float(np.partition(values, place - 1)[place - 1]) if 1 <= place <= len(values) else math.inf
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`posthoc eval conformal`."""
+    run_command(Conformal, "posthoc eval conformal", arguments)
 
 
-def true_class_scores(
-    logits: Array,
-    label: Array,
-    *,
-    method: str = "aps",
-    randomised: bool = False,
-    generator: np.random.Generator | None = None,
-    penalty: float = 0.01,
-    free_ranks: int = 5,
-) -> np.ndarray:
-    """How badly the true class conforms, float64 [N]: `class_scores` at the labels."""
-    values, target = as_numpy(logits), as_numpy(label)
-    if not len(values):
-        raise DataError("there are no calibration rows")
-    check_labels(values, target)
-    rule = (method, randomised, penalty, free_ranks)
-    parts = [
-        np.take_along_axis(scores, target[start : start + len(scores), None].astype(np.int64), 1)[:, 0]
-        for start, scores in _chunks(values, rule, generator)
-    ]
-    return np.concatenate(parts)
-
-
-def class_scores(
-    probability: np.ndarray, method: str, uniform: np.ndarray | None, penalty: float, free_ranks: int
-) -> np.ndarray:
-    """Scores of every class, float64 [N, C], higher = conforms less.
-
-    `lac`: 1 - p. `aps`: the summed probability of the classes that rank before it, and its own, which `uniform` [N] in
-    0..1 takes off in part. `raps`: the same and penalty x max(rank - free_ranks, 0), ranks from 1. Equal probabilities
-    rank by class.
-    """
-    if method == "lac":
-        return 1.0 - probability
-    order = np.argsort(-probability, axis=1, kind="stable")
-    ordered = np.take_along_axis(probability, order, 1)
-    ranked = ordered.cumsum(1) - (0.0 if uniform is None else uniform[:, None] * ordered)
-    if method == "raps":
-        ranked += penalty * np.maximum(np.arange(1, ordered.shape[1] + 1) - free_ranks, 0)
-    scores = np.empty_like(ranked)
-    np.put_along_axis(scores, order, ranked, 1)
-    return scores
-
-
-@dataclass(frozen=True)
-class ClassSetReport:
-    """Per image whether the true class is in its set, bool [N], and the set's size, int64 [N]; labels int [N]."""
-
-    covered: np.ndarray
-    size: np.ndarray
-    label: np.ndarray
-
-    def summary(self) -> dict[str, float]:
-        """Coverage, sizes, share of empty sets, and coverage of the worst of the classes that occur."""
-        rows = np.bincount(self.label)
-        by_class = np.bincount(self.label, weights=self.covered)[rows > 0] / rows[rows > 0]
-        return {
-            "coverage": float(self.covered.mean()),
-            "size": float(self.size.mean()),
-            "median_size": float(np.median(self.size)),
-            "empty": float((self.size == 0).mean()),
-            "worst_class_coverage": float(by_class.min()),
-            "mean_class_coverage": float(by_class.mean()),
-        }
-
-
-def set_report(sets: Array, label: Array) -> ClassSetReport:
-    """Coverage and size of sets bool [N, C] with labels int [N]; raises DataError as `metrics.check_labels`, or for no rows."""
-    inside, target = as_numpy(sets), as_numpy(label)
-    if inside.dtype != bool or not len(inside):
-        raise DataError(f"sets must be bool [N, C] with at least one row; these are {inside.dtype} {inside.shape}")
-    check_labels(inside, target)
-    target = target.astype(np.int64)
-    return ClassSetReport(inside[np.arange(len(target)), target], inside.sum(1), target)
-
-
-def _chunks(
-    logits: np.ndarray, rule: tuple[str, bool, float, int], generator: np.random.Generator | None
-) -> Iterator[tuple[int, np.ndarray]]:
-    """First row and class scores of consecutive rows."""
-    from scipy.special import softmax
-
-    method, randomised, penalty, free_ranks = rule
-    if method not in METHODS:
-        raise OptionError(f"method={method!r} was given; expected one of {', '.join(map(repr, METHODS))}")
-    if randomised and (method == "lac" or generator is None):
-        raise OptionError("randomised scores are APS's or RAPS's, and need generator=np.random.default_rng(seed)")
-    if not penalty >= 0.0 or free_ranks < 0:
-        raise OptionError(f"penalty={penalty} and free_ranks={free_ranks} were given; neither may be negative")
-    if logits.ndim == 2 and not np.isfinite(logits).all():
-        finite("the logits", logits, 2)  # names the rows
-    step = max(1, NUMBERS // max(1, logits.shape[1]))
-    for start in range(0, len(logits), step):
-        probability = softmax(logits[start : start + step].astype(np.float64), axis=1)
-        uniform = generator.random(len(probability)) if randomised and generator is not None else None
-        yield start, class_scores(probability, method, uniform, penalty, free_ranks)
+if __name__ == "__main__":
+    main()

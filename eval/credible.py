@@ -25,7 +25,7 @@ from torch import Tensor
 from ..adapters.errors import DataError, OptionError
 from .arrays import Array, as_numpy, finite, same_rows
 from .caps import cap_cosine, check_share, concentrations, convolved_cap_cosine, resultants
-from .risk_control import TrueRadii, calibrated_radius
+from .risk_control import RiskSteps, TrueRadii, smallest_radius
 
 PAIRS = 1 << 22  # query-gallery pairs held at a time
 SLACK = 1e-12  # added to every cosine, so that equal directions are at angle 0 in spite of rounding
@@ -120,15 +120,21 @@ class CredibleSets:
         return both[:, 0], both[:, 1]
 
     def true_radii(self, query: Array, concentration: Array, label: Array) -> TrueRadii:
-        """How many nominal angles away each true neighbour is: 16 bytes for each pair of equal labels."""
+        """How many nominal angles away each true neighbour is: 16 bytes for each pair of equal labels, all in memory.
+
+        To look at many splits of the same queries; `calibrate` keeps no pairs.
+        """
+        found = list(self._true_radii(query, concentration, label))
+        radii, queries = (np.concatenate([part[k] for part in found]) for k in (0, 1))
+        return TrueRadii(radii, queries, len(as_numpy(query)))
+
+    def _true_radii(self, query: Array, concentration: Array, label: Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Radii and query rows of the pairs of equal labels, a chunk of queries at a time."""
         own = self._query_labels(query, label)
-        radii, queries = [np.zeros(0)], [np.zeros(0, np.int64)]
         for start, cosine, cap in self._chunks(query, concentration):
             row, column = (own[start : start + len(cosine), None] == self.label).nonzero()
             pick = torch.from_numpy(row).to(self.device), torch.from_numpy(column).to(self.device)
-            radii.append(cap.to_radius(cosine[pick], *pick).cpu().numpy())
-            queries.append(row + start)
-        return TrueRadii(np.concatenate(radii), np.concatenate(queries), len(own))
+            yield cap.to_radius(cosine[pick], *pick).cpu().numpy(), row + start
 
     def calibrate(
         self,
@@ -143,11 +149,18 @@ class CredibleSets:
     ) -> CredibleSets:
         """The same sets with the radius that keeps the loss at alpha; see `risk_control.calibrated_radius`.
 
-        The queries are calibration queries, not those that are evaluated later.
+        The queries are calibration queries, not those that are evaluated later. Radii lie on a grid (`RiskSteps`), so that
+        memory does not grow with the pairs. Raises as `calibrated_radius`.
         """
-        truth = self.true_radii(query, concentration, label)
-        radius = calibrated_radius(truth, alpha=alpha, mode=mode, delta=delta, loss=loss)
-        return self.with_radius(radius)
+        losses = RiskSteps(loss)
+        for radius, rows in self._true_radii(query, concentration, label):
+            losses.add(radius, rows)
+        if not losses.queries:
+            raise DataError(
+                f"none of the {len(as_numpy(query))} calibration queries has a true neighbour: nothing to calibrate on"
+            )
+        found = smallest_radius(*losses.steps(), losses.queries, alpha=alpha, mode=mode, delta=delta)
+        return self.with_radius(found)
 
     def with_radius(self, radius: float) -> CredibleSets:
         """The same sets at another radius."""

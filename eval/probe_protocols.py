@@ -19,7 +19,7 @@ from ..adapters.errors import DataError, OptionError
 from .arrays import Array, as_numpy, finite, same_rows
 from .extras import require
 from .probes import nearest_label
-from .retrieval import as_unit
+from .search import as_unit
 
 
 @dataclass(frozen=True)

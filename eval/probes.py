@@ -20,7 +20,7 @@ from ..adapters.errors import DataError, OptionError
 from ..adapters.linear_probe import LinearProbe, fit_linear_probe
 from .arrays import Array, as_numpy, finite, same_rows
 from .metrics import check_labels
-from .retrieval import as_unit, neighbours
+from .search import as_unit, neighbours
 
 VOTES = 1 << 22  # class scores summed at a time
 
@@ -97,14 +97,24 @@ def top_k_accuracy(scores: Array, label: Array, k: int = 1) -> float:
     scores: [N, C]. label: int [N]. Raises DataError for shapes, labels or numbers that do not fit, OptionError for
     k outside 1..C.
     """
+    rank = ranks_of_truth(scores, label)
+    classes = as_numpy(scores).shape[1]
+    if not 1 <= k <= classes:
+        raise OptionError(f"k={k} was given; expected 1 to {classes}, the number of classes")
+    return float((rank < k).mean())
+
+
+def ranks_of_truth(scores: Array, label: Array) -> np.ndarray:
+    """How many classes score higher than the true one, int64 [N], from 0; of equal scores the smaller class first.
+
+    scores: [N, C]. label: int [N]. Raises DataError for shapes, labels or numbers that do not fit.
+    """
     values, target = finite("the scores", scores, 2), as_numpy(label)
     check_labels(values, target)
-    if not 1 <= k <= values.shape[1]:
-        raise OptionError(f"k={k} was given; expected 1 to {values.shape[1]}, the number of classes")
     target = target.astype(np.int64)
     own = values[np.arange(len(values)), target][:, None]
     before = (values > own) | ((values == own) & (np.arange(values.shape[1]) < target[:, None]))
-    return float((before.sum(1) < k).mean())
+    return before.sum(1)
 
 
 def _checked(features: Array, label: Array, test: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

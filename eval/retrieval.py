@@ -1,174 +1,324 @@
-"""Retrieval: neighbours, recall, average precision, and how far its uncertainty can be trusted.
+"""Retrieval with an embedding and how well scores tell its mistakes, with intervals; credible sets by option.
 
-Embeddings are unit vectors compared by dot product, in chunks of queries: no query x gallery matrix is ever whole. Where
-LAM (Warburg et al., NeurIPS 2023, arXiv 2302.01332) defines a number differently, its variant is named apart.
+    posthoc eval retrieval --data test.npz
+    posthoc eval retrieval --data queries.npz --gallery gallery.npz --credible 0.95 --held-out calibration.npz
+
+Neighbours are exact, by cosine. Queries are resampled and the gallery stays: a resampled gallery holds copies of what is
+looked for. A true neighbour is an image of the same class; queries without one are reported apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..adapters.errors import DataError
-from .arrays import Array, as_numpy, finite, same_rows
+from ..adapters.errors import DataError, OptionError
+from .command import TableCommand, run_command
+from .credible_table import credible_table, vote_table
+from .inputs import Scored, not_constant, open_model, overlap, read
+from .retrieval_statistics import (
+    Ausc,
+    KnownMeans,
+    average_precision_at,
+    average_precision_at_r,
+    label_hits,
+)
+from .score_rows import score_all
+from .search import directions, neighbours
+from .selective_statistics import ExcessAurc, FailureAuroc
+from .statistics import Aurc, Statistic
+from .table import Cell, Table, fill
 
-CHUNK_NUMBERS = 1 << 22
-DROPPED = np.arange(99) / 100
-"""Shares dropped along a sparsification curve: 0 to 98 percent."""
+FIRST = (1, 5, 10)
+DEPTH = 10
+HITS = 1 << 24  # neighbours held at a time
+REFERENCE = "distance"
+LOWER = ("aurc", "excess_aurc")
 
 
-def neighbours(query: Array, gallery: Array | None = None, k: int = 1) -> np.ndarray:
-    """Gallery rows nearest to each query, best first: int64 [Q, k].
+@dataclass(frozen=True)
+class Retrieved:
+    """What each of Q queries found in a gallery of G images.
 
-    Args:
-        query: unit vectors [Q, D]. gallery: [G, D]; None: the queries themselves, each of which never finds itself (it is
-            left out by its index, so equal images do find each other).
-    Raises: DataError when shapes do not fit or there are fewer than k rows to find.
+    Attributes:
+        nearest: gallery row of the first neighbour, int64 [Q]. distance: 1 - its cosine, float64 [Q].
+        hit: whether it has the query's label, bool [Q]. positives: gallery images that have, int64 [Q].
+        values: metrics by name, float64 [Q], of which the mean is reported; NaN for a query that takes no part.
+        gallery: images that a query could find.
     """
-    rows = torch.from_numpy(np.ascontiguousarray(as_numpy(query)))
-    columns = rows if gallery is None else torch.from_numpy(np.ascontiguousarray(as_numpy(gallery)))
+
+    nearest: np.ndarray
+    distance: np.ndarray
+    hit: np.ndarray
+    positives: np.ndarray
+    values: Mapping[str, np.ndarray]
+    gallery: int
+
+    @property
+    def known(self) -> np.ndarray:
+        """Queries that have a true neighbour, bool [Q]."""
+        return self.positives > 0
+
+
+def retrieve(
+    query: np.ndarray,
+    label: np.ndarray,
+    gallery: np.ndarray | None = None,
+    gallery_label: np.ndarray | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    backend: str = "torch",
+) -> Retrieved:
+    """Search with unit vectors [Q, D] and labels [Q] in a gallery [G, D] with [G]; None: in the queries themselves.
+
+    Metrics: recall@k for k of 1, 5, 10 (as far as the gallery has rows), MAP@R and mAP@10 over queries with a true
+    neighbour, and LAM's mAP@10, where the others count as 1. Raises DataError for labels or shapes that do not fit.
+    """
+    if (gallery is None) != (gallery_label is None):
+        raise DataError("a gallery and its labels come together; one of them was given")
+    columns, names = (query, label) if gallery is None else (gallery, gallery_label)
+    assert names is not None
+    for what, rows, words in (("query", query, label), ("gallery", columns, names)):
+        if words.shape != (len(rows),):
+            raise DataError(f"the {what} labels are of shape {words.shape}; expected one for each of {len(rows)} rows")
     available = len(columns) - (gallery is None)
-    if rows.ndim != 2 or columns.ndim != 2 or rows.shape[1] != columns.shape[1] or not 1 <= k <= available:
-        raise DataError(
-            f"expected queries [Q, D], a gallery [G, D] and 1 <= k <= {available}; given {tuple(rows.shape)}, "
-            f"{tuple(columns.shape)} and k={k}"
-        )
+    if available < 1:
+        raise DataError("the gallery holds nothing but the query: at least two images are needed")
+    positives = label_hits(np.zeros((len(query), 1), np.int64), label, gallery_label)[1]
     found = []
-    for start in range(0, len(rows), chunk := max(1, CHUNK_NUMBERS // len(columns))):
-        similar = rows[start : start + chunk] @ columns.T
-        if gallery is None:
-            own = torch.arange(len(similar))
-            similar[own, own + start] = -torch.inf
-        found.append(similar.topk(k, dim=1).indices)
-    return torch.cat(found).numpy() if found else np.empty((0, k), dtype=np.int64)
+    depth = min(available, max(DEPTH, int(positives.max())))
+    step = max(1, HITS // depth)
+    for start in range(0, len(query), step):
+        rows = slice(start, start + step)
+        own = np.arange(len(query))[rows] if gallery is None else None
+        nearest = neighbours(query[rows], columns, depth, own=own, device=device, backend=backend)
+        found.append(_values(names[nearest] == label[rows, None], positives[rows]) | {"nearest": nearest[:, 0]})
+    joined = {key: np.concatenate([part[key] for part in found]) for key in found[0]}
+    nearest = joined.pop("nearest")
+    cosine = np.einsum("qd,qd->q", query, columns[nearest], dtype=np.float64)
+    return Retrieved(nearest, 1.0 - cosine.clip(-1, 1), names[nearest] == label, positives, joined, available)
 
 
-def label_hits(nearest: np.ndarray, label: Array, gallery_label: Array | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Which neighbours [Q, k] share the query's label, bool [Q, k], and how many gallery rows do, int64 [Q].
+def _values(hits: np.ndarray, positives: np.ndarray) -> dict[str, np.ndarray]:
+    known = positives > 0
+    values = {
+        f"recall_at_{k}": np.where(known, hits[:, :k].any(1), np.nan) for k in FIRST if k == 1 or k <= hits.shape[1]
+    }
+    values["map_at_r"] = average_precision_at_r(hits, positives)
+    if hits.shape[1] >= DEPTH:
+        precision = average_precision_at(hits, positives, DEPTH)
+        values |= {f"map_at_{DEPTH}": precision, f"lam_map_at_{DEPTH}": np.nan_to_num(precision, nan=1.0)}
+    return values
 
-    gallery_label: None: the queries are the gallery, and a query is not counted as its own positive.
+
+def embedding_table(found: Retrieved, *, name: str = "retrieval", resamples: int = 1000, seed: int = 0) -> Table:
+    """Metrics of the embedding. Raises DataError when no query has a true neighbour."""
+    known = found.known
+    if not known.any():
+        raise DataError(
+            f"{name}: no query has a true neighbour in the gallery (an image with its label): nothing can be retrieved"
+        )
+    names = tuple(found.values)
+    statistic = KnownMeans(np.stack([found.values[key] for key in names], 1))
+    cells = fill({"embedding": statistic}, names, (), None, resamples, seed)
+    chance = found.positives[known].mean() / found.gallery
+    notes = [
+        f"{len(known)} queries, {found.gallery} images to find, by cosine; "
+        f"recall_at_1 of a random neighbour is {chance:.4f}"
+    ]
+    if len(known) > known.sum():
+        notes.append(
+            f"{int((~known).sum())} queries have no true neighbour in the gallery and are left out of all but lam_map_at_10, "
+            "where they count as 1"
+        )
+    about = {"set": name, "rows": len(known), "with_truth": int(known.sum()), "gallery": found.gallery, "seed": seed}
+    return Table(f"{name}: retrieval", names, cells, tuple(notes), about)
+
+
+def score_table(
+    scores: Mapping[str, np.ndarray],
+    found: Retrieved,
+    *,
+    gallery_scores: Mapping[str, np.ndarray] | None = None,
+    name: str = "retrieval",
+    reference: str | None = REFERENCE,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Table:
+    """How well scores [Q] by name tell the queries whose first neighbour is of another class.
+
+    R-AUROC (Kirchhof et al. 2023), AURC and its excess of recall@1, and the area under LAM's sparsification curve with
+    its slips mended. `lam_ausc` sorts by the sum of the scores of a query and of its first neighbour, as LAM does, where
+    `gallery_scores` [G] has them. Raises DataError for scores that are constant, and when every first neighbour is right,
+    or none.
     """
-    own = as_numpy(label)
-    others = own if gallery_label is None else as_numpy(gallery_label)
-    classes, counts = np.unique(others, return_counts=True)
-    at = np.searchsorted(classes, own).clip(max=len(classes) - 1)
-    positives = np.where(classes[at] == own, counts[at], 0) - (gallery_label is None)
-    return others[nearest] == own[:, None], positives
+    known = found.known
+    hit = found.hit[known]
+    if hit.all() or not hit.any():
+        raise DataError(f"{name}: the first neighbour is {'always' if hit.all() else 'never'} right: no score can tell")
+    own = {key: np.asarray(values)[known] for key, values in scores.items()}
+    not_constant({key: (values,) for key, values in own.items()})
+    made: dict[str, dict[str, Statistic]] = {
+        "r_auroc": {key: FailureAuroc(u, ~hit) for key, u in own.items()},
+        "ausc": {key: Ausc(u, hit) for key, u in own.items()},
+        "aurc": {key: Aurc(u, ~hit) for key, u in own.items()},
+        "excess_aurc": {key: ExcessAurc(u, ~hit) for key, u in own.items()},
+    }
+    theirs = gallery_scores or {}
+    both = {key: own[key] + np.asarray(theirs[key])[found.nearest[known]] for key in own if key in theirs}
+    if both:
+        made["lam_ausc"] = {key: Ausc(u, hit) for key, u in both.items()}
+    cells: dict[str, dict[str, Cell]] = {key: {} for key in own}
+    for metric, statistics in made.items():
+        for key, row in fill(statistics, [metric], LOWER, reference, resamples, seed).items():
+            cells[key].update(row)
+    notes = [f"{len(hit)} queries with a true neighbour, recall_at_1 {hit.mean():.4f}"]
+    if reference in own:
+        notes.append(f"marked: better than {reference} on the same resampled queries, beyond the 95 % interval")
+    about = {"set": name, "rows": len(hit), "errors": int((~hit).sum()), "reference": reference, "seed": seed}
+    return Table(f"{name}: whether the first neighbour is right", tuple(made), cells, tuple(notes), about)
 
 
-def recall_at(hits: np.ndarray, k: int) -> float:
-    """Share of queries with a positive among the first k neighbours; hits bool [Q, K >= k]. Without positives: a miss."""
-    return float(_first(hits, k).any(1).mean())
+@dataclass
+class Retrieval(TableCommand):
+    """Measure retrieval with an embedding, how well scores tell its mistakes, and credible sets.
+
+    Example: posthoc eval retrieval --data queries.npz --gallery gallery.npz"""
+
+    data: str
+    """labelled queries: score file (.npz) with embedding and label, stored features, or images with --model"""
+    gallery: str | None = None
+    """labelled images that are searched, as --data; default: the queries, each without itself"""
+    model: str | None = None
+    """adapter folder (its heads are scored) or timm name (free scores only)"""
+    train: str | None = None
+    """images or stored features of the training set: kNN and detectors are fitted on them alone"""
+    reference: str = REFERENCE
+    """score that paired differences are taken from; distance: 1 - cosine to the first neighbour"""
+    credible: float | None = None
+    """add sets of all images in the cap with this share of a query's posterior, such as 0.95; needs --gallery and a head
+    with kappa (or `concentration` in the score file)"""
+    held_out: str | None = None
+    """labelled queries that are neither data nor gallery: the credible sets' radius is calibrated on them"""
+    loss: Literal["missed", "none"] = "missed"
+    """of a calibrated set: the share of a query's true neighbours outside, or 1 if all of them are"""
+    delta: float = 0.1
+    """chance that the calibrated sets of mode pac may fail with"""
+    uncertain_gallery: bool = False
+    """the gallery's images have posteriors too: the cap is that of both convolved"""
+    draws: int = 0
+    """from each image's posterior, for votes of the first neighbour: their share is a confidence, and has an ECE"""
+    backend: Literal["torch", "faiss"] = "torch"
+    """of the search"""
+
+    def run(self) -> None:
+        if self.credible is not None and self.gallery is None:
+            raise OptionError("--credible needs --gallery: a set round a query may not be judged by the query itself")
+        if self.held_out is not None and self.credible is None:
+            raise OptionError("--held-out calibrates credible sets: give --credible 0.95 as well")
+        model = open_model(self.model, self.checkpoint, self.device)
+        one = read(self.data, model, self.split)
+        others = None if self.gallery is None else read(self.gallery, model, self.split)
+        notes = _prepare(one) + ([] if others is None else _prepare(others) + _copies(one, others))
+        query, label = _unit(one)
+        gallery, gallery_label = (None, None) if others is None else _unit(others)
+        searched = query if gallery is None else gallery
+        if len(searched) > 1 and (searched == searched[0]).all():
+            raise DataError(f"{one.name}: every embedding that is searched is the same: nothing can be retrieved")
+        device = self.device or "cpu"
+        found = retrieve(query, label, gallery, gallery_label, device=device, backend=self.backend)
+        notes += _equal(query, searched, found)
+        common = {"name": one.name, "resamples": self.resamples, "seed": self.seed}
+        table = embedding_table(found, **common)
+        tables = [Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)]
+        tables += self._scores(one, others, model, found, common)
+        if self.draws:
+            tables.append(vote_table(one, others, self.draws, device=device, **common))
+        if self.credible is not None:
+            tables.append(self._sets(one, others, model, common, device))
+        self.show(tables)
+
+    def _scores(self, one: Scored, others: Scored | None, model, found: Retrieved, common: dict) -> list[Table]:
+        train = None if self.train is None else read(self.train, model, "train")
+        (scores,), notes = score_all([one], train)
+        theirs = scores if others is None else score_all([others], train)[0][0]
+        hit = found.hit[found.known]
+        if hit.all() or not hit.any():
+            return []  # the first table shows a recall of 1 or 0: no score can tell
+        notes = [note for note in notes if not note.startswith("no --held-out")]  # which is of the credible sets here
+        flat = [key for key, u in scores.items() if np.ptp(u[found.known]) == 0]
+        notes += [f"left out {key}: the same for every query" for key in flat]
+        kept = {"distance": found.distance} | {key: u for key, u in scores.items() if key not in flat}
+        if np.ptp(found.distance[found.known]) == 0:
+            del kept["distance"]
+        if not kept:
+            return []
+        table = score_table(kept, found, gallery_scores=theirs, reference=self.reference, **common)
+        return [Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)]
+
+    def _sets(self, one: Scored, others: Scored | None, model, common: dict, device: str) -> Table:
+        assert others is not None
+        assert self.credible is not None
+        held_out = None if self.held_out is None else read(self.held_out, model, self.split)
+        if held_out is not None:
+            _prepare(held_out)
+            for used in (one, others):
+                if len(shared := overlap(held_out, used)[0]):
+                    raise DataError(
+                        f"{len(shared)} images of --held-out {held_out.name} are also in {used.name} (first: row "
+                        f"{shared[0]}): sets are calibrated on queries that are neither judged nor found"
+                    )
+        return credible_table(
+            one, others, held_out, share=self.credible, loss=self.loss, delta=self.delta,
+            uncertain_gallery=self.uncertain_gallery, device=device, **common,
+        )  # fmt: skip
 
 
-def average_precision_at(hits: np.ndarray, positives: np.ndarray, k: int) -> np.ndarray:
-    """AP@k of each query, float64 [Q]: sum over its hits i <= k of the precision there, divided by min(positives, k).
-
-    NaN for a query without positives.
-    """
-    first = _first(hits, k)
-    precision = first.cumsum(1) / np.arange(1, k + 1)
-    most = np.minimum(positives, k)
-    return np.where(most > 0, (precision * first).sum(1) / np.maximum(most, 1), np.nan)
-
-
-def map_at(hits: np.ndarray, positives: np.ndarray, k: int) -> float:
-    """Mean of `average_precision_at` over the queries that have positives. DataError when none has."""
-    if not (positives > 0).any():
-        raise DataError("no query has a positive in the gallery: mean average precision is not defined")
-    return float(np.nanmean(average_precision_at(hits, positives, k)))
+def _prepare(one: Scored) -> list[str]:
+    """Checks what a set must have; notes on vectors that are not of length 1."""
+    one.need("embedding", "label")
+    assert one.embedding is not None
+    assert one.label is not None
+    if one.label.ndim != 1:
+        raise DataError(f"{one.name}: retrieval needs one class for each image; these labels are of {one.label.shape}")
+    length = np.linalg.norm(one.embedding, axis=1)
+    if np.allclose(length, 1.0, atol=1e-3):
+        return []
+    return [f"embeddings of {one.name} were normalised: their lengths go from {length.min():.3g} to {length.max():.3g}"]
 
 
-def lam_map_at(hits: np.ndarray, positives: np.ndarray, k: int) -> float:
-    """LAM's mAP@k: as `map_at`, but queries without positives score 1."""
-    return float(np.nan_to_num(average_precision_at(hits, positives, k), nan=1.0).mean())
+def _unit(one: Scored) -> tuple[np.ndarray, np.ndarray]:
+    assert one.label is not None
+    return directions(f"{one.name}: embedding", one.embedding), one.label
 
 
-def _first(hits: np.ndarray, k: int) -> np.ndarray:
-    if hits.ndim != 2 or not 1 <= k <= hits.shape[1]:
-        raise DataError(f"expected hits [Q, K] of at least k={k} neighbours; given {hits.shape}")
-    return hits[:, :k]
+def _copies(one: Scored, others: Scored) -> list[str]:
+    shared = overlap(one, others)[0]
+    if len(shared) == one.rows:
+        raise DataError(
+            f"every image of {one.name} is also in the gallery {others.name}, where it would find itself: leave --gallery "
+            "away, and each query is left out of its own search"
+        )
+    return (
+        [f"{len(shared)} queries are also in the gallery, and find themselves (first: row {shared[0]})"]
+        if shared
+        else []
+    )
 
 
-def votes(samples: Array, label: Array, gallery: Array | None = None, gallery_label: Array | None = None) -> np.ndarray:
-    """The label each query takes from its nearest neighbour under each draw of the weights: int [S, Q].
-
-    samples: unit vectors [S, Q, D]; gallery: [S, G, D] under the same draws, None: the queries, each without itself.
-    """
-    drawn = as_numpy(samples)
-    columns = None if gallery is None else as_numpy(gallery)
-    labels = as_numpy(label if gallery_label is None else gallery_label)
-    each = (None if columns is None else columns[s] for s in range(len(drawn)))
-    return np.stack([labels[neighbours(one, other)[:, 0]] for one, other in zip(drawn, each, strict=True)])
+def _equal(query: np.ndarray, gallery: np.ndarray, found: Retrieved) -> list[str]:
+    same = int((query == gallery[found.nearest]).all(1).sum())
+    return [f"{same} queries have a first neighbour with an equal embedding: copies?"] if same else []
 
 
-def vote_confidence(cast: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The label with most votes [Q] (of equal ones the smallest) and its share of them, float64 [Q]; votes int [S, Q]."""
-    classes, place = np.unique(cast, return_inverse=True)
-    dense = torch.from_numpy(place.reshape(cast.shape))
-    mode = dense.mode(0).values  # the smallest of equally frequent values
-    return classes[mode.numpy()], (dense == mode).double().mean(0).numpy()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`posthoc eval retrieval`."""
+    run_command(Retrieval, "posthoc eval retrieval", arguments)
 
 
-def vote_ece(confidence: Array, correct: Array, bins: int = 10, reference: bool = False) -> float:
-    """Expected calibration error of votes: mean over queries of |accuracy - confidence| of their bin, 0 to 1.
-
-    Bins are [0, .1), [.1, .2), ..., [.9, 1]. `reference`: LAM's code leaves confidences of exactly 1 in no bin and
-    divides by the rest. Raises DataError for no rows, or with `reference` when all are 1.
-    """
-    sizes, accuracy, mean = vote_bins(confidence, correct, bins, reference)
-    if not sizes.sum():
-        raise DataError("no confidence falls in a bin")
-    return float((sizes * np.abs(accuracy - mean)).sum() / sizes.sum())
-
-
-def vote_bins(
-    confidence: Array, correct: Array, bins: int = 10, reference: bool = False
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows in each bin of `vote_ece`, their accuracy and their mean confidence, [bins] each; 0 where a bin is empty."""
-    share, right = finite("the confidence", confidence), as_numpy(correct)
-    same_rows(confidence=share, correct=right)
-    if share.min() < 0 or share.max() > 1:
-        raise DataError(f"confidences lie in 0..1; these go from {share.min():g} to {share.max():g}")
-    if reference:
-        share, right = share[share < 1], right[share < 1]
-    place = np.minimum(np.floor(share * bins + 1e-6).astype(np.int64), bins - 1)  # .7 in float32 is in [.7, .8)
-    sizes = np.bincount(place, minlength=bins)
-    sums = [np.bincount(place, weights=w.astype(np.float64), minlength=bins) for w in (right, share)]
-    return sizes, sums[0] / np.maximum(sizes, 1), sums[1] / np.maximum(sizes, 1)
-
-
-def retrieval_uncertainty(
-    uncertainty: Array, nearest: np.ndarray, gallery_uncertainty: Array | None = None
-) -> np.ndarray:
-    """Of a query and its first neighbour together, [Q]: the sum of both; nearest int [Q, k]."""
-    own = as_numpy(uncertainty)
-    others = own if gallery_uncertainty is None else as_numpy(gallery_uncertainty)
-    return own + others[nearest[:, 0]]
-
-
-def sparsification(uncertainty: Array, correct: Array, dropped: Array = DROPPED) -> np.ndarray:
-    """Accuracy of what is left, float64 [K], when the share `dropped` [K] with the highest uncertainty is left out."""
-    scores, right = finite("the uncertainty", uncertainty), as_numpy(correct)
-    same_rows(uncertainty=scores, correct=right)
-    kept = right[np.argsort(-scores, kind="stable")].astype(np.float64)
-    tail = np.append(kept[::-1].cumsum()[::-1], 0.0)  # sums of what is left from each place on
-    start = np.floor(as_numpy(dropped) * len(kept) + 1e-9).astype(np.int64).clip(max=len(kept) - 1)
-    return tail[start] / (len(kept) - start)
-
-
-def ausc(uncertainty: Array, correct: Array, reference: bool = False) -> float:
-    """Area under the `sparsification` curve over 0 to 98 percent, divided by its width: 1 for a model without errors.
-
-    `reference`: LAM's, 98/99 of it, so that a perfect model scores .98990.
-    """
-    curve = sparsification(uncertainty, correct)
-    area = float((curve[1:] + curve[:-1]).sum() / (2 * (len(curve) - 1)))
-    return area * (len(curve) - 1) / len(curve) if reference else area
-
-
-def as_unit(embedding: Array | Tensor) -> np.ndarray:
-    """Rows divided by their lengths, in their dtype."""
-    rows = as_numpy(embedding)
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), np.finfo(rows.dtype).tiny)
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,8 @@ from .arrays import as_numpy
 
 LOSSES = ("missed", "none")
 MODES = ("conformal", "pac")
+_GRID_SHIFT = 36  # of a float64's bits, whose order is that of the numbers: 16 of the 52 after the leading one stay
+_GRID_FIRST, _GRID_LAST = (int(np.float64(2.0**p).view(np.int64)) >> _GRID_SHIFT for p in (-20, 20))
 
 
 @dataclass(frozen=True)
@@ -98,19 +100,63 @@ def calibrated_radius(
     Both hold when calibration and new queries with a true answer are exchangeable (`pac`: independent), whatever the
     radii mean. Raises DataError when no query has a true answer, OptionError for numbers or names out of range.
     """
+    n = int((truth.counts > 0).sum())
+    if not n:
+        raise DataError(f"none of the {truth.queries} calibration queries has a true answer: nothing to calibrate on")
+    return smallest_radius(*truth.risk_steps(loss), n, alpha=alpha, mode=mode, delta=delta)
+
+
+def smallest_radius(
+    steps: np.ndarray, risk: np.ndarray, n: int, *, alpha: float = 0.1, mode: str = "conformal", delta: float = 0.1
+) -> float:
+    """`calibrated_radius` from the radii [K], ascending, and mean losses [K] there of n queries with a true answer."""
     _known("mode", mode, MODES)
     for name, value in (("alpha", alpha), ("delta", delta)):
         if not 0.0 < value < 1.0:
             raise OptionError(f"{name}={value} was given; expected a number between 0 and 1, such as 0.1")
-    n = int((truth.counts > 0).sum())
-    if not n:
-        raise DataError(f"none of the {truth.queries} calibration queries has a true answer: nothing to calibrate on")
-    steps, risk = truth.risk_steps(loss)
     if mode == "conformal":
         low_enough = n * risk + 1.0 <= alpha * (n + 1) + 1e-9
     else:
         low_enough = hoeffding_bentkus(risk, n, alpha) <= delta
     return float(steps[low_enough.argmax()]) if low_enough.any() else np.inf
+
+
+class RiskSteps:
+    """Mean losses of any number of queries, a chunk at a time, in memory that does not grow: radii on a grid.
+
+    A radius is rounded up to the next of 2^16 steps between two powers of two, at least 2^-20, and above 2^20 to
+    infinity. A grid chosen in advance takes nothing from the promises of `smallest_radius`; its answer is at most
+    1.00002 times that of all radii.
+    """
+
+    def __init__(self, loss: str = "missed") -> None:
+        _known("loss", loss, LOSSES)
+        self.loss, self.queries = loss, 0
+        self.gained = np.zeros(_GRID_LAST - _GRID_FIRST + 2)
+
+    def add(self, radius: np.ndarray, query: np.ndarray) -> None:
+        """All true answers of some queries: their radii [P] >= 0 and whose they are, int [P] under any numbers."""
+        if not len(radius):
+            return
+        _, place, counts = np.unique(query, return_inverse=True, return_counts=True)
+        self.queries += len(counts)
+        weight = 1.0 / counts[place]
+        if self.loss == "none":  # only the nearest true answer counts
+            first = np.full(len(counts), np.inf)
+            np.minimum.at(first, place, radius)
+            radius, weight = first, np.ones(len(counts))
+        bits = np.ascontiguousarray(radius, dtype=np.float64).view(np.int64)
+        cell = (((bits + (1 << _GRID_SHIFT) - 1) >> _GRID_SHIFT).clip(_GRID_FIRST, _GRID_LAST + 1)) - _GRID_FIRST
+        cells, place = np.unique(cell, return_inverse=True)
+        self.gained[cells] += np.bincount(place, weights=weight)
+
+    def steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Radii at which the mean loss falls, ascending [K], and the mean loss from there on, [K] down to 0."""
+        cells = np.flatnonzero(self.gained)
+        radius = ((cells + _GRID_FIRST) << _GRID_SHIFT).view(np.float64)
+        radius = np.where(cells + _GRID_FIRST > _GRID_LAST, np.inf, radius)
+        gained = self.gained[cells].cumsum()
+        return radius, np.clip(1.0 - gained / max(1, self.queries), 0.0, 1.0)
 
 
 def hoeffding_bentkus(risk: np.ndarray, n: int, alpha: float) -> np.ndarray:

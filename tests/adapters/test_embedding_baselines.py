@@ -20,7 +20,7 @@ from posthoc.adapters.embedding_baselines import (
 )
 from posthoc.adapters.errors import OptionError
 from posthoc.adapters.training import TrainOptions
-from posthoc.eval import retrieval
+from posthoc.eval import retrieval_statistics, search
 
 METHODS = [Deterministic, MCDropout, DeepEnsemble, ProbabilisticFace, HedgedInstance, Laplace]
 
@@ -51,8 +51,8 @@ def test_every_method_answers_by_the_same_contract(method: type[nn.Module], hidd
     assert (answer.uncertainty.std() > 0) == (method is not Deterministic)
     assert answer.samples.shape[1:] == (300, 4)
     torch.testing.assert_close(answer.samples.norm(dim=-1), torch.ones(answer.samples.shape[:2]))
-    hits, _ = retrieval.label_hits(retrieval.neighbours(answer.mean_direction), data.label)
-    assert retrieval.recall_at(hits, 1) > 0.9
+    hits, _ = retrieval_statistics.label_hits(search.neighbours(answer.mean_direction), data.label)
+    assert retrieval_statistics.recall_at(hits, 1) > 0.9
     again = made.embed(x[:7])
     if method not in (ProbabilisticFace, HedgedInstance):  # whose samples are drawn for a place in the batch
         torch.testing.assert_close(again.samples, answer.samples[:, :7], rtol=1e-4, atol=1e-5)
@@ -131,8 +131,8 @@ def test_an_online_posterior_has_the_curvature_of_its_rows() -> None:
     assert np.corrcoef(running.flatten(), exact.flatten())[0, 1] > 0.9
     assert 1.0 < float(running.mean() / exact.mean()) < 3.0  # under drawn weights more triplets violate the margin
     answer = online.embed(torch.from_numpy(data.inputs))
-    hits, _ = retrieval.label_hits(retrieval.neighbours(answer.mean_direction), data.label)
-    assert retrieval.recall_at(hits, 1) > 0.9
+    hits, _ = retrieval_statistics.label_hits(search.neighbours(answer.mean_direction), data.label)
+    assert retrieval_statistics.recall_at(hits, 1) > 0.9
     with pytest.raises(OptionError, match="hidden=16"):
         Laplace(online=True).fit(clusters(hidden=16))
     with pytest.raises(OptionError, match="give no network"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from posthoc.adapters.vmf import VonMisesFisher
 from posthoc.eval import credible
 from posthoc.eval.caps import cap_cosine, convolved_concentration
 from posthoc.eval.credible import CredibleSets
+from posthoc.eval.risk_control import calibrated_radius
 
 
 def toy(seed: int = 0, queries: int = 40, gallery: int = 30, dim: int = 5) -> tuple[np.ndarray, ...]:
@@ -95,7 +98,7 @@ def test_calibrated_sets_on_classes(loss: str, mode: str) -> None:
     risks = []
     for _ in range(500):
         order = rng.permutation(1200)
-        radius = credible.calibrated_radius(pool.take(order[:300]), alpha=0.1, delta=0.2, mode=mode, loss=loss)
+        radius = calibrated_radius(pool.take(order[:300]), alpha=0.1, delta=0.2, mode=mode, loss=loss)
         risks.append(np.nanmean(pool.take(order[300:]).losses(radius, loss)))
     assert np.mean(risks) <= 0.1 + 3 * np.std(risks) / 500**0.5
     if mode == "pac":
@@ -105,7 +108,24 @@ def test_calibrated_sets_on_classes(loss: str, mode: str) -> None:
     assert held[loss] < 0.1 + 0.03
     assert held["share_of_gallery"] < 0.3
     assert calibrated.radius > 1.0
+    kept = pool.take(np.arange(600))
+    exact = calibrated_radius(kept, alpha=0.1, mode=mode, loss=loss)
+    assert exact <= calibrated.radius <= exact * (1 + 2**-16)
     assert calibrated.alpha == sets.alpha
+
+
+def test_memory_of_calibration_does_not_grow_with_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credible, "PAIRS", 1 << 15)
+    rng = np.random.default_rng(0)
+    gallery, query = rng.normal(size=(2000, 4)), rng.normal(size=(2000, 4))
+    sets = CredibleSets(gallery, np.arange(2000) % 2)
+    tracemalloc.start()
+    sets.calibrate(query, np.full(2000, 20.0), np.arange(2000) % 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (
+        peak < 60 * 2**20
+    )  # the grid and its sums; two million pairs of 16 bytes, and their concatenation, are 64 MB more
 
 
 def test_certain_queries_and_the_set_of_everything() -> None:

@@ -20,7 +20,7 @@ from posthoc.adapters.features import Features
 from posthoc.adapters.heads import FitData, MetricLaplaceHead, make_head
 from posthoc.adapters.training import TrainOptions
 from posthoc.cli import main
-from posthoc.eval import metrics, retrieval
+from posthoc.eval import metrics, retrieval_statistics, search
 
 DIM, CLASSES, N = 16, 6, 600
 SMALL = {"dim": 4}
@@ -73,8 +73,8 @@ def test_it_retrieves_and_is_less_certain_of_the_unfamiliar(options: dict) -> No
     order = torch.argsort(u)
     assert (known["kappa"][order].diff() <= 0).all()
     torch.testing.assert_close(known["expected_embedding"].norm(dim=-1), torch.ones(N))
-    hits, _ = retrieval.label_hits(retrieval.neighbours(known["expected_embedding"]), clusters(1).label)
-    assert retrieval.recall_at(hits, 1) > 0.9
+    hits, _ = retrieval_statistics.label_hits(search.neighbours(known["expected_embedding"]), clusters(1).label)
+    assert retrieval_statistics.recall_at(hits, 1) > 0.9
     assert report["prior_precision"] > 0
     assert len(report["retrieval_risk"]) == 8
     assert (report["negative_curvature"] > 0) == ("online" not in options and bool(options))
