@@ -44,7 +44,9 @@ def _packages(folder: Path = ROOT, name: str = "posthoc") -> list[str]:
 
 def _modules() -> set[str]:
     """Paths, as in a wheel, of all that the package must carry."""
-    found = [path for package in LISTED for path in _folder(package).glob("*.py")] + [ROOT / "py.typed"]
+    found = [path for package in LISTED for path in _folder(package).glob("*.py")]
+    for package, names in PROJECT["tool"]["setuptools"]["package-data"].items():
+        found += [_folder(package) / name for name in names]
     return {f"posthoc/{path.relative_to(ROOT).as_posix()}" for path in found}
 
 

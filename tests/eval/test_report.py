@@ -9,6 +9,7 @@ import json
 import re
 from html.parser import HTMLParser
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -361,7 +362,7 @@ def test_without_posteriors_there_are_neighbours_but_no_sets(report):
 
 def test_pages_of_many_large_images_stay_small(report):
     """Noise cannot be compressed: the worst case for thumbnails."""
-    given = [with_images(name, 60, k, size=300, noise=True) for k, name in enumerate(("photos", "textures"))]
+    given = [with_images(name, 60, k, size=200, noise=True) for k, name in enumerate(("photos", "textures"))]
     for one in given:
         one.scores = {f"score {k}": np.random.default_rng(k).permutation(60) / 60 for k in range(12)}
     _, _, html = report(*given)
@@ -549,3 +550,19 @@ def test_drawings_follow_the_page():
     assert "$a_ <b> & c" in page.words()
     assert page.elements[0][1]["aria-label"] == 'a "b" <c>'
     assert svg.variable("#123456") == "#123456"
+
+
+def test_the_page_of_the_documentation_is_right(tmp_path, monkeypatch, capsys):
+    docs = Path(__file__).resolve().parents[2] / "docs/report.md"
+    if not docs.is_file():
+        pytest.skip("needs the folder docs, which is not beside these tests")
+    text = docs.read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "snippet", "exec"), {})
+    told = json.loads((tmp_path / "report/results.json").read_text())
+    value = first = told["tables"][0]["scores"]["my score"]["auroc"]
+    assert capsys.readouterr().out == f"{Interval(value['value'], value['low'], value['high'])!r}\n"
+    check_page((tmp_path / "report/index.html").read_text())
+    for key in (*told, *told["figures"], "source", "title", "notes", "scores", *first):
+        assert f"`{key}" in text, key
