@@ -19,13 +19,13 @@ from ..adapters.errors import DataError, OptionError
 from ..adapters.perturbations import CROP_FRACTIONS
 from .arrays import Array, finite
 from .bootstrap import bootstrap_curve
-from .command import TableCommand, run_command
+from .command import run_command
 from .inputs import Scored, not_constant, open_model, read
 from .score_rows import REFERENCE, score_all
 from .shift_statistics import Means
 from .statistics import Mean, Spearman, Statistic
 from .table import Cell, Table, fill
-from .views import cropped, holds_images, open_rows, scored_source
+from .views import ViewsCommand, cropped, holds_images, open_rows, scored_source
 
 FRACTIONS = tuple(fraction for fraction in CROP_FRACTIONS if fraction < 1)
 
@@ -130,23 +130,30 @@ def ambiguity_table(
 
 
 def crop_scores(
-    model: Any, data: Any, fractions: Sequence[float] = FRACTIONS, *, train: Scored | None = None, cache_dir: Any = None
+    model: Any,
+    data: Any,
+    fractions: Sequence[float] = FRACTIONS,
+    *,
+    train: Scored | None = None,
+    held_out: Scored | None = None,
+    cache_dir: Any = None,
 ) -> tuple[Scored, dict[str, np.ndarray], list[str]]:
     """The whole images, the scores [N, 1 + F] of them and of F crops by name, and notes on what was left out.
 
     `model`: a fitted `UncertainModel` (its heads are scored) or a `Backbone`; beside its heads stand the free scores.
+    `train`, `held_out`: what `score_all` fits kNN, detectors and a temperature on.
     """
     for fraction in fractions:
         if not 0 < fraction < 1:
             raise OptionError(f"crop fraction {fraction:g} was given; expected numbers above 0 and below 1")
     source = open_rows(data)
     sets = [scored_source(model, one, cache_dir) for one in (source, *(cropped(source, f) for f in fractions))]
-    found, notes = score_all(sets, train)
+    found, notes = score_all(sets, train, held_out=held_out)
     return sets[0], {name: np.stack([one[name] for one in found], axis=1) for name in found[0]}, notes
 
 
 @dataclass
-class Ambiguity(TableCommand):
+class Ambiguity(ViewsCommand):
     """Compare how well scores follow people's disagreement, and whether they rise when an image is cropped.
 
     Example: posthoc eval ambiguity --data photos/ --model adapter/ --votes votes.npy"""
@@ -161,14 +168,10 @@ class Ambiguity(TableCommand):
     """sides of the crops over the image's sides; none: no crops"""
     rows: int | None = None
     """how many of the images, drawn by the seed; default: all"""
-    train: str | None = None
-    """images or stored features of the training set: kNN and detectors are fitted on them alone"""
-    reference: str = REFERENCE
-    """score that paired differences are taken from"""
 
     def run(self) -> None:
         model = open_model(self.model, self.checkpoint, self.device)
-        train = None if self.train is None else read(self.train, model, "train")
+        train, held_out = self.fitted_on(model)
         fractions: tuple[float, ...] = ()
         if model is None or not holds_images(self.data):
             if self.rows is not None:
@@ -176,13 +179,13 @@ class Ambiguity(TableCommand):
                     "--rows chooses among images; of a score file or stored features all rows are compared"
                 )
             one = read(self.data, model, self.split)
-            (scores,), notes = score_all([one], train)
+            (scores,), notes = score_all([one], train, held_out=held_out)
             notes.append(f"no crops: {self.data} holds no images")
             votes = None if self.votes is None else read_votes(self.votes, one.rows)
         else:
             fractions = self.fractions
             source = open_rows(self.data, self.rows, self.seed, self.split)
-            one, scores, notes = crop_scores(model, source, fractions, train=train)
+            one, scores, notes = crop_scores(model, source, fractions, train=train, held_out=held_out)
             votes = self._votes_of(source)
         table = ambiguity_table(
             scores, votes=votes, fractions=fractions, name=one.name, reference=self.reference,

@@ -20,26 +20,31 @@ from tqdm import tqdm
 
 from ..adapters.errors import DataError, OptionError
 from .bootstrap import Interval, bootstrap, bootstrap_difference, percentile_interval, resampled_values
-from .command import TableCommand, run_command
+from .command import run_command
 from .corruptions import KINDS, SEVERITIES, check_corruption
-from .inputs import Scored, not_constant, open_model, read
+from .inputs import Scored, not_constant, open_model
 from .metrics import confidence_and_correct, nll_per_image
+from .scaling import fit_scaling
 from .score_rows import REFERENCE, score_all
 from .shift_statistics import AveragedEce, Joined, Means
 from .statistics import Aurc, Ece, Statistic
 from .table import Cell, Table, cell
-from .views import corrupted, open_rows, scored_source
+from .views import ViewsCommand, corrupted, open_rows, scored_source
 
 SOFTMAX = "softmax"
 BINS = 15
+NOTES = {
+    "mean uncertainty": ("in standard deviations of the clean images' scores, from their mean",),
+    "share whose uncertainty rises": ("above the clean image's; an equal score is no rise",),
+}
 
 
 @dataclass
 class Shifted:
     """N images as they are and in V = K S corrupted views: arrays [N, 1 + V], the clean image first, then kind by kind.
 
-    `scores` by name. `correct`, `confidence` (of the top class) and `nll` by the name of the probabilities: "softmax", and
-    heads that give class probabilities; empty without usable labels.
+    `scores` by name. `correct`, `confidence` (of the top class) and `nll` by the name of the probabilities: "softmax",
+    "temperature scaling" and heads that give class probabilities; empty without usable labels.
     """
 
     name: str
@@ -81,6 +86,7 @@ def shifted(
     severities: Sequence[int] = SEVERITIES,
     seed: int = 0,
     train: Scored | None = None,
+    held_out: Scored | None = None,
     cache_dir: Any = None,
     progress: bool = True,
 ) -> Shifted:
@@ -91,6 +97,7 @@ def shifted(
         data: whatever `open_source` takes, except streams; labels are class indices of the backbone's classifier.
         seed: of the corruptions.
         train: features of training images, for kNN and detectors.
+        held_out: labelled features of images that are neither scored nor trained on, for temperature scaling.
 
     Raises OptionError for an unknown kind or severity, DataError for data that cannot be corrupted.
     """
@@ -105,13 +112,13 @@ def shifted(
     source = open_rows(data)
     views = [source, *(corrupted(source, kind, severity, seed) for kind in kinds for severity in severities)]
     sets = [scored_source(model, view, cache_dir) for view in tqdm(views, "shift", unit="view", disable=not progress)]
-    found, notes = score_all(sets, train)
+    found, notes = score_all(sets, train, held_out=held_out)
     scores = {name: np.stack([one[name] for one in found], axis=1) for name in found[0]}
     label, why = usable_labels(sets[0])
     result = Shifted(source.name, kinds, severities, scores, heads=tuple(getattr(model, "heads", ())))
     result.notes = (*notes, *([f"no accuracy, NLL, ECE and AURC: {why}"] if label is None else []))
     if label is not None:
-        for name, log_p in _log_probabilities(model, sets).items():
+        for name, log_p in _log_probabilities(model, sets, held_out).items():
             pairs = [confidence_and_correct(one, label) for one in log_p]
             result.confidence[name], result.correct[name] = (np.stack(part, 1) for part in zip(*pairs, strict=True))
             result.nll[name] = np.stack([nll_per_image(one, label) for one in log_p], axis=1)
@@ -130,15 +137,19 @@ def usable_labels(one: Scored) -> tuple[np.ndarray | None, str]:
     return label, ""
 
 
-def _log_probabilities(model: Any, sets: Sequence[Scored]) -> dict[str, list[np.ndarray]]:
-    """Logits, and log-probabilities of the heads that give probabilities, [N, C] for each set."""
+def _log_probabilities(model: Any, sets: Sequence[Scored], held_out: Scored | None) -> dict[str, list[np.ndarray]]:
+    """Logits, the same scaled by temperature, and log-probabilities of heads that give them, [N, C] for each set."""
     import torch
 
     from ..adapters.scoring import feature_batches
 
     names = [name for name, head in getattr(model, "heads", {}).items() if "probabilities" in head.fields]
     found: dict[str, list[np.ndarray]] = {SOFTMAX: [np.asarray(one.logits) for one in sets]}
+    if held_out is not None:
+        scaling = fit_scaling("temperature", held_out.logits, held_out.label)
+        found["temperature scaling"] = [scaling.log_probability(one.logits) for one in sets]
     for one in sets if names else ():
+        assert one.features is not None
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for _, batch in feature_batches(one.features, np.arange(one.rows), model.device):
             with torch.no_grad():
@@ -211,7 +222,7 @@ class _Maker:
             cells[name] = {}
             for k, column in enumerate(self.one.columns):
                 minus = None
-                if reference in made and name != reference:
+                if reference is not None and reference in made and name != reference:
                     gap = drawn[:, k] - self.one.averaged(samples[reference])[:, k]
                     minus = percentile_interval(value[k] - self.one.averaged(values[reference])[0, k], gap)
                 if k or clean:
@@ -252,10 +263,7 @@ class _Maker:
     ) -> Table:
         common = {"set": self.one.name, "metric": metric, "rows": self.rows, "reference": reference}
         common |= {"resamples": self.resamples, "seed": self.seed, **(about or {}), "by_kind": by_kind}
-        note = () if clean else ("severity 0 is 0 by definition",)
-        if metric == "mean uncertainty":
-            note = ("in standard deviations of the clean images' scores, from their mean",)
-        return Table(f"{self.one.name}: {metric}", self.one.columns[not clean :], cells, note, common)
+        return Table(f"{self.one.name}: {metric}", self.one.columns[not clean :], cells, NOTES.get(metric, ()), common)
 
 
 def draw_shift(path: Path, tables: Sequence[Table], heads: Sequence[str] = ()) -> None:
@@ -275,20 +283,20 @@ def draw_shift(path: Path, tables: Sequence[Table], heads: Sequence[str] = ()) -
             title = str(table.about["metric"])
             curves(axis, x, lines, look, title=title, xlabel="severity", ylabel="")
             axis.set_xticks(x)
-            if len(lines) < len(names):
+            if not lines.keys() <= tables[-1].cells.keys():  # probabilities, which the common legend has not
                 axis.legend(fontsize=8)
         legend(figure, panels.flat[-1], 4)
     part.replace(path)
 
 
 @dataclass
-class Shift(TableCommand):
+class Shift(ViewsCommand):
     """Follow accuracy, calibration and uncertainty as images are corrupted in 15 ways at 5 severities.
 
     Example: posthoc eval shift --data photos/ --model adapter/ --rows 500 --output shift.json"""
 
     data: str
-    """images: folder, parquet file, or hub data set id; with labels if the classifier's accuracy is to be followed"""
+    """images: name of a set (cifar10, ...), folder, parquet file, or hub data set id; labels, if any, as the classifier has"""
     model: str
     """adapter folder (its heads are scored) or timm name (free scores only)"""
     kinds: tuple[str, ...] = tuple(KINDS)
@@ -297,16 +305,14 @@ class Shift(TableCommand):
     """which of the severities 1 to 5"""
     rows: int | None = None
     """how many of the images, drawn by the seed; default: all"""
-    train: str | None = None
-    """images or stored features of the training set: kNN and detectors are fitted on them alone"""
-    reference: str = REFERENCE
-    """score that paired differences are taken from"""
 
     def run(self) -> None:
         model = open_model(self.model, self.checkpoint, self.device)
         source = open_rows(self.data, self.rows, self.seed, self.split)
-        train = None if self.train is None else read(self.train, model, "train")
-        one = shifted(model, source, kinds=self.kinds, severities=self.severities, seed=self.seed, train=train)
+        train, held_out = self.fitted_on(model)
+        one = shifted(
+            model, source, kinds=self.kinds, severities=self.severities, seed=self.seed, train=train, held_out=held_out
+        )
         tables = shift_tables(one, reference=self.reference, resamples=self.resamples, seed=self.seed)
         self.show(tables)
         if self.output is not None:

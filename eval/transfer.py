@@ -20,14 +20,15 @@ from ..adapters.errors import DataError, OptionError
 from .ambiguity import FRACTIONS, crop_scores, crop_statistics, human_statistics, read_votes
 from .arrays import Array, same_rows
 from .bootstrap import bootstrap
-from .command import TableCommand, run_command
+from .command import run_command
 from .inputs import Scored, not_constant, open_model, read
+from .retrieval_statistics import label_hits
 from .score_rows import REFERENCE, score_all
-from .retrieval import as_unit, label_hits, neighbours
+from .search import directions, neighbours
 from .selective_statistics import FailureAuroc
 from .statistics import Mean, Statistic
 from .table import Cell, Table, fill
-from .views import holds_images, open_rows
+from .views import ViewsCommand, holds_images, open_rows
 
 RANDOM = "random"
 
@@ -40,7 +41,7 @@ def nearest_hits(embedding: Array, label: Array) -> tuple[np.ndarray, int]:
     """
     classes = np.asarray(label)
     classes = classes if classes.ndim == 1 else classes.argmax(1)
-    unit = as_unit(np.asarray(embedding))
+    unit = directions("embedding", embedding)
     same_rows(embedding=unit, label=classes)
     hits, positives = label_hits(neighbours(unit), classes)
     if hits.all() or not hits.any():
@@ -105,7 +106,7 @@ def transfer_table(
 
 
 @dataclass
-class Transfer(TableCommand):
+class Transfer(ViewsCommand):
     """Evaluate fitted heads, without refitting, on data sets they have not seen.
 
     Example: posthoc eval transfer --model adapter/ --data cifar10-test/ textures.parquet"""
@@ -118,25 +119,22 @@ class Transfer(TableCommand):
     """annotators' votes of a data set, NAME=FILE: the name its table has, and a .npy file [N, C]"""
     fractions: tuple[float, ...] = FRACTIONS
     """sides of the crops over the image's sides; none: no crops"""
-    train: str | None = None
-    """images or stored features that the heads were fitted on: kNN and detectors are fitted on them too"""
-    reference: str = REFERENCE
-    """score that paired differences are taken from"""
 
     def run(self) -> None:
         if not self.data:
             raise OptionError("--data names no data set; expected at least one")
         voted = self._votes()
         model = open_model(self.model, self.checkpoint, self.device)
-        train = None if self.train is None else read(self.train, model, "train")
+        train, held_out = self.fitted_on(model)
         tables = []
         for place in self.data:
             fractions = self.fractions if holds_images(place) else ()
             if holds_images(place):
-                one, scores, notes = crop_scores(model, open_rows(place, split=self.split), fractions, train=train)
+                source = open_rows(place, split=self.split)
+                one, scores, notes = crop_scores(model, source, fractions, train=train, held_out=held_out)
             else:
                 one = read(place, model, self.split)
-                (scores,), notes = score_all([one], train)
+                (scores,), notes = score_all([one], train, held_out=held_out)
                 notes.append(f"no crops: {place} holds no images")
             if one.embedding is None:
                 raise DataError(f"{place} has no embedding: neighbours are looked for among embeddings")

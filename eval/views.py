@@ -7,6 +7,7 @@ no copy of the data is held in memory or on disk.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from ..adapters.perturbations import center_crop
 from ..adapters.source_base import LABEL_COLUMNS, Item, Source, digest
 from ..adapters.source_loader import load_image
 from ..adapters.store import MANIFEST
+from .command import TableCommand
 from .corruptions import VERSION, corrupt
-from .inputs import Scored, from_features
+from .datasets import SETS, check_spelling, open_named
+from .inputs import Scored, from_features, read
+from .score_rows import REFERENCE
 
 Change = Callable[[Image.Image], Image.Image]
 
@@ -72,15 +76,24 @@ def holds_images(place: str) -> bool:
 def open_rows(data: Any, rows: int | None = None, seed: int = 0, split: str = "test") -> Source:
     """A source of `rows` images of the data (None, or as many as there are: all), drawn by the seed and kept in order.
 
+    `data`: whatever `open_source` takes, or the name of a set (`datasets.SETS`), which a file or folder of that name wins over.
     Raises OptionError for fewer than one row, DataError for data that cannot be opened and for a stream.
     """
     if rows is not None and rows < 1:
         raise OptionError(f"rows={rows} was given; expected at least 1")
-    source = open_source(data, split)
+    source = _open(data, split)
     if source.length is None or rows is None or rows >= source.length:
         return source
     chosen = np.sort(np.random.default_rng(seed).permutation(source.length)[:rows])
     return AlteredSource(source, None, f"{rows} rows of seed {seed}", chosen)
+
+
+def _open(data: Any, split: str) -> Source:
+    if isinstance(data, str) and not Path(data).expanduser().exists():
+        if data in SETS:
+            return open_named(data, split)
+        check_spelling(data)
+    return open_source(data, split)
 
 
 def corrupted(source: Source, kind: str, severity: int, seed: int = 0) -> Source:
@@ -102,3 +115,20 @@ def scored_source(model: Any, source: Source, cache_dir: Any = None) -> Scored:
     backbone = getattr(model, "backbone", model)
     features = backbone.extract(source, cache_dir=cache_dir, progress=False)
     return from_features(source.name, features, model)
+
+
+@dataclass(kw_only=True)
+class ViewsCommand(TableCommand):
+    """The options of a table whose rows are scores of images and of their altered copies."""
+
+    train: str | None = None
+    """images or stored features of the training set: kNN and detectors are fitted on them alone"""
+    held_out: str | None = None
+    """labelled images of the classifier that are neither scored nor trained on: its temperature is fitted on them"""
+    reference: str = REFERENCE
+    """score that paired differences are taken from"""
+
+    def fitted_on(self, model: Any) -> tuple[Scored | None, Scored | None]:
+        """The sets of --train and --held-out."""
+        train = None if self.train is None else read(self.train, model, "train")
+        return train, None if self.held_out is None else read(self.held_out, model, self.split)

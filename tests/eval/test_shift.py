@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from scipy.special import log_softmax
 from torch import nn
 from torchvision import transforms
 
@@ -20,6 +21,7 @@ from posthoc.adapters.backbone import build_backbone
 from posthoc.adapters.data import open_source
 from posthoc.cli import main
 from posthoc.eval import corruptions, metrics
+from posthoc.eval.baselines import fit_temperature
 from posthoc.eval.bootstrap import resampled_counts
 from posthoc.eval.corruptions import corrupt
 from posthoc.eval.inputs import Scored
@@ -77,6 +79,22 @@ def test_scores_and_probabilities_are_those_of_the_corrupted_images(model, one):
                 one.nll[name][:, v], -np.log(p[np.arange(len(label)), label]), rtol=1e-3, atol=1e-5
             )
             np.testing.assert_allclose(one.confidence[name][:, v], p.max(1), rtol=1e-4)
+
+
+def test_a_temperature_fitted_on_held_out_images_scales_every_view(model):
+    images, label = pictures(20)
+    kept = model.backbone.extract(pictures(60, 2), progress=False)
+    held_out = Scored("kept", label=kept.label, logits=kept.logits)
+    one = shifted(model.backbone, (images, label), kinds=["fog"], severities=[3], held_out=held_out, progress=False)
+    t = fit_temperature(kept.logits, kept.label)
+    view = np.stack([corrupt(x, "fog", 3) for x in images])
+    logits = np.stack([model.predict(v).logits.numpy() for v in (images, view)], 1)
+    scaled = log_softmax(logits.astype(float) / t, axis=2)
+    expected = -scaled[np.arange(20), :, label]
+    np.testing.assert_allclose(one.nll["temperature scaling"], expected, rtol=1e-3, atol=1e-4)
+    assert "temperature-scaled softmax" in one.scores
+    tables = shift_tables(one, resamples=20)
+    assert list(tables[0].cells) == ["softmax", "temperature scaling"]
 
 
 def test_tables_hold_the_means_over_kinds_of_the_plain_metrics(one):
