@@ -164,20 +164,34 @@ def open_named(name: str, split: str = "test", data_dir: str | Path | None = Non
     """
     if name not in SETS:
         raise DataError(f"there is no set {name!r}{_near(name)}; the names are {', '.join(SETS)}")
-    root, train = Path(data_dir or default_data_dir()).expanduser(), split == "train"
+    layout, path = _find(name, Path(data_dir or default_data_dir()).expanduser(), split == "train")
+    return _opened(name, layout, path, split == "train")
+
+
+def is_named(place: str | Path) -> bool:
+    """Whether a place that a command was given is the name of a set: a file or folder of that name wins."""
+    return str(place) in SETS and not Path(place).exists()
+
+
+def check_there(place: str | Path, split: str = "test") -> None:
+    """Raises DataError for the name of a set that is not there, and for a word that is nearly a name; opens nothing.
+
+    Such a word is hardly a data set on the hub; it is left alone if it is a file or folder, or has a slash or a point.
+    """
+    word = str(place)
+    if is_named(word):
+        _find(word, default_data_dir().expanduser(), split == "train")
+    elif not Path(place).expanduser().exists() and not set("/\\.") & set(word) and _near(word):
+        raise DataError(f"there is no set {word!r}{_near(word)}. A data set on the hub is given as ORGANISATION/NAME")
+
+
+def _find(name: str, root: Path, train: bool) -> tuple[Layout, Path]:
     for layout in SETS[name].layouts:
         wanted = layout.train if train else layout.test
         for base in (root, root / name):
             if wanted is not None and (base / wanted).exists():
-                return _opened(name, layout, base / wanted, train)
+                return layout, base / wanted
     raise DataError(_not_there(name, root, train))
-
-
-def check_spelling(place: str) -> None:
-    """Raises DataError for a word that is nearly the name of a set (and so hardly a data set on the hub)."""
-    near = "" if "/" in place or "\\" in place else _near(place)
-    if near:
-        raise DataError(f"there is no set {place!r}{near}. A data set on the hub is given as ORGANISATION/NAME")
 
 
 def _near(word: str) -> str:

@@ -21,7 +21,7 @@ from ..adapters.features import Features
 from ..adapters.store import MANIFEST
 from .arrays import Array, as_numpy, finite, truth
 from .dataset_notes import pixel_keys, registered_name
-from .datasets import KIND, SETS, check_spelling, open_named
+from .datasets import KIND, check_there, is_named, open_named
 
 KNOWN = ("label", "correct", "concentration", "content")
 TABLES = ("logits", "embedding", "penultimate")
@@ -126,16 +126,16 @@ def read(place: str | Path, model: Any = None, split: str = "test") -> Scored:
             raise DataError(f"there is no file {place}")
         return (_from_npz if path.suffix == ".npz" else _from_csv)(path, name)
     if (path / MANIFEST).is_file():
-        return from_features(name, Features.load(path), model)
-    named = str(place) in SETS and not path.exists()
-    if not named and not path.exists():
-        check_spelling(str(place))
+        features = Features.load(path)
+        told = registered_name(features) if len(name) == 64 else None  # the store's own name of a folder is a hash
+        return from_features(told or name, features, model)
+    check_there(place, split)
     if model is None:
         raise OptionError(f"{place} is neither a score file (.npz, .csv) nor stored features; for images give --model")
     from ..adapters.data import open_source
 
     backbone = getattr(model, "backbone", model)
-    source = open_named(str(place), split) if named else open_source(str(place), split)
+    source = open_named(str(place), split) if is_named(place) else open_source(str(place), split)
     return from_features(name, backbone.extract(source), model)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from ..adapters.errors import DataError, OptionError
 from .command import run_command
 from .dataset_notes import parts_by_class, preprocessing_notes, unremoved_classes
+from .datasets import check_there
 from .inputs import Scored, not_constant, overlap, read
 from .ood_statistics import OodMetrics, ScodAurc, ScodAuroc
 from .score_rows import REFERENCE, RowsCommand, mistakes
@@ -118,6 +119,8 @@ class Ood(RowsCommand):
     def tables(self) -> list[Table]:
         if not self.ood:
             raise OptionError("--ood names no set; expected at least one")
+        for place in (self.id, *self.ood):
+            check_there(place, self.split)  # before any image is looked at
         models = self.models()
         sets = [read(place, models[0], self.split) for place in (self.id, *self.ood)]
         inside, outside = sets[0], sets[1:]

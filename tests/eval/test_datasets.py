@@ -108,7 +108,9 @@ def test_a_misspelt_name_is_put_right(word, name):
 
 
 def test_other_words_are_left_to_folders_and_the_hub(data, tmp_path, monkeypatch):
-    for word in ("someone/cifar10", "photos", "imagenette"):
+    with pytest.raises(DataError, match=r"there is no file tiny-imagenet\.npz"):
+        read("tiny-imagenet.npz")
+    for word in ("someone/cifar10", "photos", "imagenette", "cifar10.h5"):
         with pytest.raises(OptionError, match="for images give --model"):
             read(word)
     monkeypatch.chdir(tmp_path)
@@ -202,10 +204,18 @@ def test_named_sets_in_a_table_with_and_without_shared_classes(data, cifar100, w
     folders = [str(one.features.folder) for one in (a, b)]  # the stored features know which sets they are of
     main(["eval", "ood", "--id", folders[0], "--ood", folders[1], *FEW, "--output", str(out)])
     stored = json.loads(out.read_text())
+    assert [one["title"] for one in stored] == ["cifar100, all images", "cifar100 without classes of cifar10"]
     assert [one["ood_rows"] for one in stored] == [5, 3]
     assert [one["scores"]["entropy"]["auroc"] for one in stored] == [
         one["scores"]["entropy"]["auroc"] for one in (whole, part)
     ]
+
+
+def test_a_missing_set_is_told_before_any_image_is_looked_at(weights, monkeypatch, capsys):
+    monkeypatch.setattr("posthoc.eval.ood.read", lambda *_: pytest.fail("read"))
+    with pytest.raises(SystemExit):
+        main(["eval", "ood", "--id", "cifar10", "--ood", "coco", "svhn", *weights])
+    assert "the test images of svhn are not in" in capsys.readouterr().err
 
 
 def test_every_command_takes_names_and_a_folder_of_data(data, weights, tmp_path, monkeypatch, capsys):
