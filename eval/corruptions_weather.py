@@ -59,7 +59,7 @@ def frost(x: np.ndarray, opacity: float, generator: np.random.Generator) -> np.n
 def fog(x: np.ndarray, thickness: float, generator: np.random.Generator) -> np.ndarray:
     """A cloud is added, and the sum scaled back to the image's brightest value."""
     brightest = x.max()
-    cloud = plasma(*x.shape[:2], 2.0, generator)[:, :, None]
+    cloud = plasma(x.shape[0], x.shape[1], 2.0, generator)[:, :, None]
     return (x + thickness * cloud) * (brightest / (brightest + thickness))
 
 

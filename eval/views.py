@@ -23,7 +23,7 @@ from ..adapters.source_loader import load_image
 from ..adapters.store import MANIFEST
 from .command import TableCommand
 from .corruptions import VERSION, corrupt
-from .datasets import SETS, check_spelling, open_named
+from .datasets import SETS, open_named
 from .inputs import Scored, from_features, read
 from .score_rows import REFERENCE
 
@@ -89,11 +89,8 @@ def open_rows(data: Any, rows: int | None = None, seed: int = 0, split: str = "t
 
 
 def _open(data: Any, split: str) -> Source:
-    if isinstance(data, str) and not Path(data).expanduser().exists():
-        if data in SETS:
-            return open_named(data, split)
-        check_spelling(data)
-    return open_source(data, split)
+    named = isinstance(data, str) and data in SETS and not Path(data).exists()
+    return open_named(data, split) if named else open_source(data, split)
 
 
 def corrupted(source: Source, kind: str, severity: int, seed: int = 0) -> Source:
