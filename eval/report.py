@@ -57,15 +57,15 @@ def write_report(
     Equal input gives equal files, but for the block `made` of results.json. Raises OptionError where nothing is given or
     the folder cannot be written, DataError for runs and sets that cannot be read, PosthocError without matplotlib.
     """
-    runs = [Path(run) for run in runs]
-    if not runs and inside is None:
+    places = [Path(run) for run in runs]
+    if not places and inside is None:
         raise OptionError(
             "there is nothing to report: give runs (files of posthoc eval NAME --output), or --id and more"
         )
     if outside and inside is None:
         raise OptionError("OOD sets were given without ID images: give --id too")
     folder = _folder(Path(output))
-    tables = [(run.name, table) for run in runs for table in read_run(run)]
+    tables = [(run.name, table) for run in places for table in read_run(run)]
     sets = [] if inside is None else [inside, *outside]
     found = Evaluated()
     if sets:

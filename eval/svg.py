@@ -72,7 +72,7 @@ def _element(node: ElementTree.Element, name: str, more: dict[str, str]) -> str:
         given.pop("id", None)
     attributes = {key: _referring(value, key, name) for key, value in given.items()} | more
     written = "".join(f' {key}="{html.escape(value)}"' for key, value in attributes.items())
-    inside = html.escape(node.text, quote=False) if (node.text or "").strip() else ""
+    inside = html.escape(node.text, quote=False) if node.text and node.text.strip() else ""
     inside += "".join(_element(child, name, {}) for child in node)
     return f"<{tag}{written}>{inside}</{tag}>"
 

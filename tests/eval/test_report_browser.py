@@ -139,6 +139,13 @@ def test_the_page_is_as_wide_as_the_screen(visit, width):
     assert run("return document.documentElement.scrollWidth") <= width
     wide = "return [...document.querySelectorAll('.box')].map(b => b.scrollWidth > b.clientWidth)"
     assert any(run(wide)) == (width < 1000) or width == 1280
+    assert (
+        run(
+            "return document.querySelector('main').getBoundingClientRect().left + parseFloat("
+            "getComputedStyle(document.querySelector('main')).paddingLeft)"
+        )
+        >= 16
+    )  # nothing touches the edge
     run("const b = document.querySelector('.box'); b.scrollLeft = 120")
     left = "return document.querySelector('tbody th').getBoundingClientRect().left"
     assert run(left) == pytest.approx(run("return document.querySelector('.box').getBoundingClientRect().left"), abs=2)
@@ -151,6 +158,9 @@ def test_colours_follow_the_scheme(visit):
     )
     light, dark = visit(scheme="light")(colours), visit(scheme="dark")(colours)
     assert all(a != b for a, b in zip(light, dark, strict=True))
+
+    same = "return ['h2', '.figures figcaption', 'tbody th', 'main'].map(s => getComputedStyle(document.querySelector(s)).color)"
+    assert set(visit(scheme="dark")(same)) == {dark[0][0]}  # text is ink; what is coloured says something
 
     def brightness(colour):
         return sum(int(part) for part in colour[4:-1].split(",")[:3])
