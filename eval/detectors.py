@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..adapters.errors import DataError, OptionError, suggest
 from .arrays import Array, as_numpy, check_labels, finite
 from .extras import require
+from .openmax import open_max
 
 ROWS = 1024
 
@@ -114,13 +115,9 @@ def _logits(name: str, make: Callable[[Any, float], Any] = lambda kind, _: kind(
 
 
 def _openmax(given: Fitting) -> Score:
-    """OpenMax; pytorch-ood 0.4 takes the distance to a class that no row of the batch is predicted as for 0.
-
-    So a row's score depends on its company (.11 among seven rows, .34 alone, in this library's test): every batch gets one
-    row of each class as well, which is dropped.
-    """
-    score, every = _logits("OpenMax")(given), torch.eye(given.logits.shape[1])
-    return lambda x, logit: score(x, torch.cat([logit, every]))[: len(logit)]
+    """OpenMax as pytorch-ood fits it, scored by `open_max`."""
+    score = open_max(given.module.OpenMax(None).fit_logits(given.logits, given.label))
+    return lambda _, logit: score(logit)
 
 
 def _dice(given: Fitting) -> Score:

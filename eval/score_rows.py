@@ -125,7 +125,7 @@ def _check_apart(sets: Sequence[Scored], train: Scored | None, held_out: Scored 
 
 def _scaled(found: list[dict[str, np.ndarray]], sets: Sequence[Scored], held_out: Scored | None) -> list[str]:
     if any(one.logits is None for one in sets):
-        return []
+        return [] if held_out is None else ["no temperature-scaled softmax: not every set has logits"]
     if held_out is None:
         return ["no --held-out: no temperature-scaled softmax"]
     held_out.need("label", "logits")

@@ -226,3 +226,17 @@ def test_every_setting_is_in_a_grid_of_the_same_size():
     for setting in (KNN, ENERGY, *SETTINGS.values()):
         assert len(setting.grid) == BUDGET
         assert setting.default in setting.grid
+
+
+def test_openmax_equals_pytorch_ood_where_every_class_is_predicted():
+    import torch
+    from pytorch_ood.detector import OpenMax
+
+    f, label, weight, bias = world()
+    x = unseen(60)
+    logits = lambda rows: torch.from_numpy(rows @ weight.T + bias)  # noqa: E731
+    for there in (label, np.where(label == 2, 3, label)):  # a class without a training row
+        theirs = OpenMax(None).fit_logits(logits(f), torch.from_numpy(there))
+        wanted = theirs.predict_logits(torch.cat([logits(x), torch.eye(CLASSES)]))[:60].numpy()
+        found = fit_detectors(Training(f, there, weight, bias), ["OpenMax"]).scores(x)["OpenMax"]
+        assert found == pytest.approx(wanted, rel=1e-4)  # their distances are float32, taken to a power of thousands
