@@ -12,6 +12,7 @@ from torchvision.transforms import ToTensor
 
 from posthoc.adapters import losses
 from posthoc.adapters.vmf import mean_resultant_length
+from posthoc.cli import EVALUATIONS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -100,3 +101,16 @@ def test_laplace_page_shows_probabilities_and_information(capsys: pytest.Capture
     posterior, phi = names["posterior"], names["phi"]
     torch.testing.assert_close(posterior.predict(phi).sum(1), torch.ones(500, dtype=torch.float64))
     assert posterior.rows == "heldout"
+
+
+def test_evaluation_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", _page("evaluation.md"), flags=re.DOTALL)
+    exec(compile(snippet, "snippet", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "textures" in printed
+    assert "| mine | " in printed
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_every_evaluation_is_described(name: str) -> None:
+    assert f"| `{name}` | " in _page("evaluation.md")

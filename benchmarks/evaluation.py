@@ -1,0 +1,221 @@
+"""Every head beside every free score and detector, on four kinds of data: the wide tables of docs/results.md.
+
+    python benchmarks/evaluation.py --shared ../shared --data outputs/data --output outputs/evaluation
+
+Parts: `cifar10` (the pretrained ResNet-20 and -56 against Tiny ImageNet, DTD, notMNIST), `fashion-mnist` (a small network
+trained here, against MNIST and notMNIST), `tiny-imagenet` (EfficientNet-Lite0/1/2 with their own classifier, 1000-way and
+200-way, and ImageNet photos against DTD). The labelled images the backbone was not trained on are split in halves of each class by the
+seed; heads, temperature and settings ("tuned") are fitted on one half and score the other, and back: two runs a seed. kNN and
+detectors are fitted on training features (Tiny ImageNet: on the fitting half, for the networks' training images are not here). No OOD
+image plays any part in a fit. Values are means over runs with their standard deviation.
+
+On 2 cores about 10 minutes a network beyond the extraction of features; what is there is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from cifar10 import BATCH, extract_all, resnet
+from laplace_imagenet import halves, imagenet_index, lite, photos
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.datasets import MNIST, FashionMNIST
+
+import posthoc
+from posthoc.adapters.backbone import Backbone, build_backbone
+from posthoc.adapters.features import Features
+from posthoc.adapters.training import TrainOptions
+from posthoc.eval.calibration import calibration_table
+from posthoc.eval.inputs import from_features
+from posthoc.eval.ood import ood_table
+from posthoc.eval.results import read_run
+from posthoc.eval.scaling import FITS, fit_scaling
+from posthoc.eval.score_rows import score_all
+from posthoc.eval.selective import selective_table
+from posthoc.eval.table import Table, over_seeds, render
+from posthoc.recipes.classifier import as_input, train_classifier
+from posthoc.recipes.networks import SmallConvNet
+
+HEADS = ["kappa", "temperature", "loss", "laplace", "metric-laplace"]
+RESAMPLES = 300
+
+
+@dataclass
+class Experiment:
+    """Stored features: labelled ones to split and score, OOD sets, and what training-free detectors are fitted on.
+
+    `train`: None: the fitting half. `inside`: ID images of the OOD tables where they are not the scored half.
+    """
+
+    name: str
+    backbone: Backbone
+    test: Features
+    ood: dict[str, Features]
+    train: Features | None = None
+    inside: tuple[str, Features] | None = None
+    near: list[str] = field(default_factory=list)
+
+
+def run(experiment: Experiment, fitting: np.ndarray, scored: np.ndarray, seed: int) -> list[Table]:
+    """Tables of one half: one for each OOD set, selective prediction, calibration."""
+    model = posthoc.wrap(experiment.backbone, HEADS).fit(experiment.test[fitting], seed=seed, batch_size=BATCH)
+    half = from_features(experiment.name, experiment.test[scored], model)
+    held_out = from_features(f"{experiment.name} (other half)", experiment.test[fitting])
+    train = held_out if experiment.train is None else from_features("training images", experiment.train)
+    inside = half if experiment.inside is None else from_features(*experiment.inside, model)
+    outside = [from_features(name, features, model) for name, features in experiment.ood.items()]
+    apart = None if experiment.train is None else held_out
+    rows, notes = score_all([half, inside, *outside], train, held_out=apart, tuned=apart is not None)
+    assert half.correct is not None
+    wrong = ~half.correct if experiment.inside is None else None
+    options = {"resamples": RESAMPLES, "seed": seed}
+    tables = [
+        ood_table(rows[1], scores, name=one.name, kind="near" if one.name in experiment.near else "far", wrong=wrong, **options)
+        for scores, one in zip(rows[2:], outside, strict=True)
+    ]
+    tables.append(selective_table(rows[0], ~half.correct, name="mistakes", **options))
+    tables.append(_calibration(model, half, held_out, options))
+    return [replace(table, notes=(*table.notes, *notes)) for table in tables]
+
+
+def _calibration(model: posthoc.UncertainModel, half, held_out, options) -> Table:
+    values = {"softmax": np.asarray(half.logits)}
+    for kind in FITS:
+        values[kind] = fit_scaling(kind, held_out.logits, held_out.label).log_probability(half.logits)
+    with torch.no_grad():
+        p = model.predict(half.features, fields=("probabilities",), progress=False)["laplace"].probabilities
+    values["laplace"] = p.clamp(min=1e-30).log().numpy()
+    return calibration_table(values, half.label, **options)
+
+
+def cifar10(shared: Path, data: Path) -> Iterator[Experiment]:
+    arrays = np.load(data / "cifar10.npz") if (data / "cifar10.npz").exists() else None
+    for depth in (20, 56):
+        backbone = resnet(depth, shared)
+        stored, shared_classes = extract_all(backbone, shared, data)
+        arrays = np.load(data / "cifar10.npz") if arrays is None else arrays
+        train = backbone.extract((arrays["x_train"], arrays["y_train"].astype(np.int64)), cache_dir=data / "features")
+        ood = dict(stored.ood)
+        ood["tiny-imagenet"] = ood["tiny-imagenet"][~shared_classes]
+        yield Experiment(f"CIFAR-10, ResNet-{depth}", backbone, stored.test, ood, train, near=["tiny-imagenet"])
+
+
+def fashion_mnist(shared: Path, data: Path) -> Iterator[Experiment]:
+    train, test = FashionMNIST(data, train=True), FashionMNIST(data, train=False)
+    path = data / "fashion_mnist_small.safetensors"
+    torch.manual_seed(0)
+    network = SmallConvNet(1, 10)
+    if path.exists():
+        network.load_state_dict(load_file(path))
+    else:
+        options = TrainOptions(epochs=3, batch_size=128)
+        train_classifier(network, train.data.numpy(), train.targets.numpy(), options=options)
+        save_file(network.state_dict(), path)
+    backbone = build_backbone(network.eval(), transform=lambda image: as_input(np.asarray(image)[None])[0])
+    cache = {"cache_dir": data / "features", "batch_size": 512}
+    letters = np.frombuffer(_unzipped(shared / "data/notmnist-t10k-images-idx3-ubyte.gz"), np.uint8, offset=16)
+
+    def features(images: np.ndarray, label: np.ndarray | None = None) -> Features:
+        return backbone.extract(images if label is None else (images, label), **cache)
+
+    yield Experiment(
+        "FashionMNIST",
+        backbone,
+        features(test.data.numpy(), test.targets.numpy()),
+        {"mnist": features(MNIST(data, train=False).data.numpy()), "notmnist": features(letters.reshape(-1, 28, 28))},
+        features(train.data.numpy(), train.targets.numpy()),
+    )
+
+
+def _unzipped(path: Path) -> bytes:
+    import gzip
+
+    return gzip.decompress(path.read_bytes())
+
+
+def tiny_imagenet(shared: Path, data: Path) -> Iterator[Experiment]:
+    tiny = photos(shared, "tiny_imagenet_val")
+    index = imagenet_index(tiny.features["label"].names)
+    for size in (0, 1, 2):
+        backbone = lite(size, shared, data)
+        cache = {"cache_dir": data / "features"}
+        found = [
+            backbone.extract(photos(shared, name), **cache)
+            for name in ("tiny_imagenet_val", "imagenet_samples_1000_256px", "dtd_textures_600_256px")
+        ]
+        label = np.asarray(found[0].label)
+        for ways in (1000, 200):
+            network, rows = (backbone, np.arange(1000)) if ways == 1000 else (_sliced(backbone, index), index)
+            test, inside, dtd = (_columns(one, rows, network) for one in found)
+            test = replace(test, label=index[label] if ways == 1000 else label)
+            yield Experiment(
+                f"Tiny ImageNet, EfficientNet-Lite{size}, {ways}-way",
+                network, test, {"dtd": replace(dtd, label=None)}, inside=("ImageNet photos", replace(inside, label=None)),
+            )  # fmt: skip
+
+
+def _sliced(backbone: Backbone, rows: np.ndarray) -> Backbone:
+    """The same network with some of its classes only."""
+    module, layer = copy.deepcopy(backbone.module), backbone.classifier()
+    module.classifier = nn.Linear(layer.in_features, len(rows))
+    module.classifier.weight.data.copy_(layer.weight.detach()[rows])
+    module.classifier.bias.data.copy_(layer.bias.detach()[rows])
+    return build_backbone(module, transform=backbone.transform)
+
+
+def _columns(features: Features, rows: np.ndarray, backbone: Backbone) -> Features:
+    """Features as that network gives them: the same images, some of the logits."""
+    return replace(
+        features, logits=np.asarray(features.logits)[:, rows], backbone_fingerprint=backbone.fingerprint("logits")
+    )
+
+
+PARTS: dict[str, Callable[[Path, Path], Iterator[Experiment]]] = {
+    "cifar10": cifar10,
+    "fashion-mnist": fashion_mnist,
+    "tiny-imagenet": tiny_imagenet,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with golden numbers and data")
+    parser.add_argument("--data", type=Path, default=Path("outputs/data"), help="where data sets and features are kept")
+    parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for part in arguments.parts:
+        for experiment in PARTS[part](arguments.shared, arguments.data):
+            print(f"\n## {experiment.name}\n", flush=True)
+            print(render(tables_of(experiment, arguments.output, arguments.seeds), "markdown"), flush=True)
+
+
+def tables_of(experiment: Experiment, output: Path, seeds: list[int]) -> list[Table]:
+    """The experiment's tables over all runs; each run's are kept as the commands keep theirs."""
+    output.mkdir(parents=True, exist_ok=True)
+    runs = []
+    for seed in seeds:
+        for k, (fitting, scored) in enumerate(halves(np.asarray(experiment.test.label), seed)):
+            path = output / f"{experiment.name.replace(', ', '-').replace(' ', '-').lower()}-{seed}-{k}.json"
+            if not path.exists():
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # a head's doubts are in its report
+                    path.write_text(render(run(experiment, fitting, scored, seed), "json") + "\n")
+            runs.append(read_run(path))
+    return [over_seeds(tables) for tables in zip(*runs, strict=True)]
+
+
+if __name__ == "__main__":
+    main()
