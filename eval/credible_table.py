@@ -138,13 +138,12 @@ def vote_table(
         raise OptionError(f"--draws {draws} was given; expected at least 2")
     generator, sets = torch.Generator().manual_seed(seed), [one] if gallery is None else [one, gallery]
     posteriors = [posterior(each) for each in sets]
-    laws = [
-        VonMisesFisher(*(torch.from_numpy(np.array(x, dtype=np.float32)) for x in (d, k))) for d, k, _ in posteriors
-    ]
+    laws = [_law(direction, kappa) for direction, kappa, _ in posteriors]
     labels, cast = np.asarray(sets[-1].label), []
     for _ in range(draws):
         drawn = [law.sample(generator=generator).numpy() for law in laws]
-        cast.append(labels[neighbours(drawn[0], *drawn[1:], device=device)[:, 0]])
+        searched = None if gallery is None else drawn[1]
+        cast.append(labels[neighbours(drawn[0], searched, device=device)[:, 0]])
     predicted, confidence = vote_confidence(np.stack(cast))
     first = np.zeros((one.rows, 1), np.int64)
     known = label_hits(first, one.label, None if gallery is None else labels)[1] > 0
@@ -156,3 +155,8 @@ def vote_table(
     )
     about = {"set": name, "rows": len(correct), "draws": draws, "seed": seed}
     return Table(f"{name}: votes of drawn embeddings", tuple(made), {"votes": row}, notes, about)
+
+
+def _law(direction: np.ndarray, kappa: np.ndarray) -> VonMisesFisher:
+    mean, concentration = (torch.from_numpy(np.array(one, dtype=np.float32)) for one in (direction, kappa))
+    return VonMisesFisher(mean, concentration)

@@ -47,7 +47,8 @@ def probe_table(
     Differences are paired. Top-5 only with more than five classes and for scores. Raises DataError for labels that do
     not fit.
     """
-    values, metrics = {}, ("accuracy",)
+    values: dict[str, np.ndarray] = {}
+    metrics: tuple[str, ...] = ("accuracy",)
     for key, one in scores.items():
         if one.ndim == 1:
             values[key] = np.stack([one == label, np.full(len(label), np.nan)], 1).astype(float)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -82,9 +82,9 @@ def retrieve(
         raise DataError("a gallery and its labels come together; one of them was given")
     columns, names = (query, label) if gallery is None else (gallery, gallery_label)
     assert names is not None
-    for what, rows, words in (("query", query, label), ("gallery", columns, names)):
-        if words.shape != (len(rows),):
-            raise DataError(f"the {what} labels are of shape {words.shape}; expected one for each of {len(rows)} rows")
+    for what, one, words in (("query", query, label), ("gallery", columns, names)):
+        if words.shape != (len(one),):
+            raise DataError(f"the {what} labels are of shape {words.shape}; expected one for each of {len(one)} rows")
     available = len(columns) - (gallery is None)
     if available < 1:
         raise DataError("the gallery holds nothing but the query: at least two images are needed")
@@ -232,7 +232,7 @@ class Retrieval(TableCommand):
         device = self.device or "cpu"
         found = retrieve(query, label, gallery, gallery_label, device=device, backend=self.backend)
         notes += _equal(query, searched, found)
-        common = {"name": one.name, "resamples": self.resamples, "seed": self.seed}
+        common: dict[str, Any] = {"name": one.name, "resamples": self.resamples, "seed": self.seed}
         table = embedding_table(found, **common)
         tables = [Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)]
         tables += self._scores(one, others, model, found, common)
@@ -242,7 +242,9 @@ class Retrieval(TableCommand):
             tables.append(self._sets(one, others, model, common, device))
         self.show(tables)
 
-    def _scores(self, one: Scored, others: Scored | None, model, found: Retrieved, common: dict) -> list[Table]:
+    def _scores(
+        self, one: Scored, others: Scored | None, model: Any, found: Retrieved, common: dict[str, Any]
+    ) -> list[Table]:
         train = None if self.train is None else read(self.train, model, "train")
         (scores,), notes = score_all([one], train)
         theirs = scores if others is None else score_all([others], train)[0][0]
@@ -260,7 +262,7 @@ class Retrieval(TableCommand):
         table = score_table(kept, found, gallery_scores=theirs, reference=self.reference, **common)
         return [Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)]
 
-    def _sets(self, one: Scored, others: Scored | None, model, common: dict, device: str) -> Table:
+    def _sets(self, one: Scored, others: Scored | None, model: Any, common: dict[str, Any], device: str) -> Table:
         assert others is not None
         assert self.credible is not None
         held_out = None if self.held_out is None else read(self.held_out, model, self.split)
