@@ -10,6 +10,7 @@ import numpy as np
 
 from ..adapters.errors import DataError, OptionError
 from .calibration import calibration_table
+from .dataset_notes import parts_by_class, preprocessing_notes, unremoved_classes
 from .inputs import Scored
 from .ood import check_overlap, ood_table
 from .report_figures import drawn_names, figures_of, has_classes
@@ -64,9 +65,13 @@ def evaluate(
         wrong, why = None, f"the classifier is always right on {inside.name}: there is no mistake to find"
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     tables = []
+    seen = preprocessing_notes(sets)
     for one, theirs in zip(sets[1:], scores[1:], strict=True):
-        table = ood_table(scores[0], theirs, name=one.name, wrong=wrong, reference=reference, **options)
-        tables.append(_noted(table, [*shared[one.name], *notes, *([f"no scod: {why}"] if why else [])]))
+        more = [*shared[one.name], *unremoved_classes(inside, one), *notes, *([f"no scod: {why}"] if why else []), *seen]
+        for part in parts_by_class(inside, one):
+            kept = {key: values[part.rows] for key, values in theirs.items()}
+            table = ood_table(scores[0], kept, name=part.name, wrong=wrong, reference=reference, **options)
+            tables.append(_noted(table, [*part.notes, *more]))
     if has_classes(inside):
         tables.append(_calibration(inside, held_out, **options))
     if wrong is not None:
