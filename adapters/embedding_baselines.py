@@ -26,7 +26,7 @@ from .losses.pfe import MutualLikelihood
 from .metric_laplace import MetricPosterior
 from .metric_predictive import MetricEmbedding, summarise
 from .metric_prior import GALLERY, QUERIES, choose_prior, some_rows
-from .metric_training import MetricStep, principal_layer, train_metric
+from .metric_training import MetricStep, principal_layer, start_online, train_metric
 from .positives import FeatureTable, LabelPairs, draw_negatives
 from .training import TrainOptions, step_generator
 
@@ -79,9 +79,8 @@ class EmbeddingData:
                 raise OptionError(
                     f"hidden={self.hidden} was given; an online posterior needs hidden=None, one linear layer"
                 )
-            trained = layer = network[-1]
-            # the curvature starts, as the paper's, at the number of rows
-            posterior.take(layer.weight, layer.bias, float(len(self.train)))
+            trained, generator = network[-1], step_generator(self.options.seed, 5)
+            start_online(posterior, network[-1], self.inputs, self.label, self.train, generator)
         loss, label = ContrastiveMetric(self.margin, self.miner), torch.from_numpy(np.array(self.label))
         step = MetricStep(trained, table.__getitem__, label, loss, posterior, memory, len(self.train))
         with torch.random.fork_rng(devices=[]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from .errors import DataError
 from .losses.contrastive_metric import ContrastiveMetric
 from .metric_laplace import MetricPosterior
 from .training import TrainOptions, TrainResult, epochs_for, step_generator, train
+
+if TYPE_CHECKING:
+    from .laplace_rows import RowArray
 
 STEPS = 1500
 
@@ -60,6 +64,24 @@ class MetricStep(nn.Module):
         if self.posterior.pair_count == "images":
             factor = self.rows / len(x) * (1.0 - self.memory)
         self.posterior.remember(of_weight * factor, of_bias * factor, self.memory)
+
+
+def start_online(
+    posterior: MetricPosterior,
+    layer: nn.Linear,
+    x: np.ndarray | RowArray,
+    label: np.ndarray,
+    rows: np.ndarray,
+    generator: torch.Generator,
+) -> None:
+    """What an online fit begins with: the layer, and its curvature on these rows of the inputs x [N, d_in].
+
+    With another pair_count than "images" the curvature starts, as the paper's, at the number of rows. The paper's start
+    fades by the memory factor: after 700 steps half of it is there still, and all variants answer alike.
+    """
+    posterior.take(layer.weight, layer.bias, float(len(rows)))
+    if posterior.pair_count == "images":
+        posterior.fit(x, label, subset=rows, generator=generator)
 
 
 def train_metric(

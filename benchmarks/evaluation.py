@@ -120,7 +120,7 @@ def fashion_mnist(shared: Path, data: Path) -> Iterator[Experiment]:
         options = TrainOptions(epochs=3, batch_size=128)
         train_classifier(network, train.data.numpy(), train.targets.numpy(), options=options)
         save_file(network.state_dict(), path)
-    backbone = build_backbone(network.eval(), transform=lambda image: as_input(np.asarray(image)[None])[0])
+    backbone = build_backbone(network.eval(), transform=lambda image: as_input(np.asarray(image.convert("L"))[None])[0])
     cache = {"cache_dir": data / "features", "batch_size": 512}
     letters = np.frombuffer(_unzipped(shared / "data/notmnist-t10k-images-idx3-ubyte.gz"), np.uint8, offset=16)
 

@@ -17,7 +17,7 @@ from ..metric_curvature import APPROXIMATIONS, LOSSES
 from ..metric_laplace import PAIR_COUNTS, MetricPosterior
 from ..metric_predictive import direction_moments
 from ..metric_prior import GALLERY, QUERIES, choose_prior, some_rows
-from ..metric_training import MetricStep, principal_layer, train_metric
+from ..metric_training import MetricStep, principal_layer, start_online, train_metric
 from ..mining import MINERS, check_miner
 from ..positives import FeatureTable
 from ..training import step_generator
@@ -201,8 +201,9 @@ class MetricLaplaceHead(Head):
         layer = principal_layer(torch.from_numpy(sample), c["dim"]).to(data.device)
         self.to(data.device)
         table = FeatureTable(array, data.device)
-        if c["online"]:  # the curvature starts, as the paper's, at the number of rows
-            self.posterior.take(layer.weight, layer.bias, float(len(data.train)))
+        if c["online"]:
+            inputs = Standardised(array, mean.numpy(), np.float32(self.gain))
+            start_online(self.posterior, layer, inputs, label, data.train, step_generator(data.options.seed, 5))
         step = MetricStep(
             layer,
             lambda rows: (table[rows] - self.center) * self.gain,
