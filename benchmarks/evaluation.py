@@ -4,10 +4,10 @@
 
 Parts: `cifar10` (the pretrained ResNet-20 and -56 against Tiny ImageNet, DTD, notMNIST), `fashion-mnist` (a small network
 trained here, against MNIST and notMNIST), `tiny-imagenet` (EfficientNet-Lite0/1/2 with their own classifier, 1000-way and
-200-way, and ImageNet photos against DTD). The labelled images the backbone was not trained on are split in halves of each class by the
-seed; heads, temperature and settings ("tuned") are fitted on one half and score the other, and back: two runs a seed. kNN and
-detectors are fitted on training features (Tiny ImageNet: on the fitting half, for the networks' training images are not here). No OOD
-image plays any part in a fit. Values are means over runs with their standard deviation.
+200-way, and ImageNet photos against DTD). The labelled images the backbone was not trained on are split in halves of each
+class by the seed; heads, temperature and settings ("tuned") are fitted on one half and score the other, and back: two runs
+a seed. kNN and detectors are fitted on training features (Tiny ImageNet: on the fitting half, for the networks' training
+images are not here). No OOD image plays any part in a fit. Values are means over runs with their standard deviation.
 
 On 2 cores about 10 minutes a network beyond the extraction of features; what is there is not computed again.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -33,9 +32,11 @@ from torchvision.datasets import MNIST, FashionMNIST
 import posthoc
 from posthoc.adapters.backbone import Backbone, build_backbone
 from posthoc.adapters.features import Features
+from posthoc.adapters.model import UncertainModel
+from posthoc.adapters.scoring import feature_batches
 from posthoc.adapters.training import TrainOptions
 from posthoc.eval.calibration import calibration_table
-from posthoc.eval.inputs import from_features
+from posthoc.eval.inputs import Scored, from_features
 from posthoc.eval.ood import ood_table
 from posthoc.eval.results import read_run
 from posthoc.eval.scaling import FITS, fit_scaling
@@ -79,7 +80,14 @@ def run(experiment: Experiment, fitting: np.ndarray, scored: np.ndarray, seed: i
     wrong = ~half.correct if experiment.inside is None else None
     options = {"resamples": RESAMPLES, "seed": seed}
     tables = [
-        ood_table(rows[1], scores, name=one.name, kind="near" if one.name in experiment.near else "far", wrong=wrong, **options)
+        ood_table(
+            rows[1],
+            scores,
+            name=one.name,
+            kind="near" if one.name in experiment.near else "far",
+            wrong=wrong,
+            **options,
+        )
         for scores, one in zip(rows[2:], outside, strict=True)
     ]
     tables.append(selective_table(rows[0], ~half.correct, name="mistakes", **options))
@@ -87,12 +95,15 @@ def run(experiment: Experiment, fitting: np.ndarray, scored: np.ndarray, seed: i
     return [replace(table, notes=(*table.notes, *notes)) for table in tables]
 
 
-def _calibration(model: posthoc.UncertainModel, half, held_out, options) -> Table:
+def _calibration(model: UncertainModel, half: Scored, held_out: Scored, options: dict[str, int]) -> Table:
+    """The softmax as it is and scaled, and the predictive of the head `laplace`."""
+    assert half.label is not None
     values = {"softmax": np.asarray(half.logits)}
     for kind in FITS:
         values[kind] = fit_scaling(kind, held_out.logits, held_out.label).log_probability(half.logits)
+    batches = feature_batches(half.features, np.arange(half.rows), model.device)
     with torch.no_grad():
-        p = model.predict(half.features, fields=("probabilities",), progress=False)["laplace"].probabilities
+        p = torch.cat([model.answer(batch)["laplace"].probabilities for _, batch in batches])
     values["laplace"] = p.clamp(min=1e-30).log().numpy()
     return calibration_table(values, half.label, **options)
 
