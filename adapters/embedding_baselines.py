@@ -79,8 +79,10 @@ class EmbeddingData:
                 raise OptionError(
                     f"hidden={self.hidden} was given; an online posterior needs hidden=None, one linear layer"
                 )
-            trained, generator = network[-1], step_generator(self.options.seed, 5)
-            start_online(posterior, network[-1], self.inputs, self.label, self.train, generator)
+            layer, generator = network[-1], step_generator(self.options.seed, 5)
+            assert isinstance(layer, nn.Linear)
+            start_online(posterior, layer, self.inputs, self.label, self.train, generator)
+            trained = layer
         loss, label = ContrastiveMetric(self.margin, self.miner), torch.from_numpy(np.array(self.label))
         step = MetricStep(trained, table.__getitem__, label, loss, posterior, memory, len(self.train))
         with torch.random.fork_rng(devices=[]):
@@ -310,13 +312,16 @@ class Laplace(nn.Module):
         self.samples, self.trained, self.online, self.memory, self.options = samples, network, online, memory, options
 
     def fit(self, data: EmbeddingData) -> dict[str, Any]:
-        options = {"margin": data.margin, "miner": data.miner} | self.options
+        report: dict[str, Any]
+        options: dict[str, Any] = {"margin": data.margin, "miner": data.miner} | self.options
         posterior = MetricPosterior(data.width, data.dim, **options)
         network, report = self.trained, {}
         if network is None:
             running = posterior if self.online else None
             network, report = data.train_network("laplace", posterior=running, memory=self.memory)
-        self.body, layer, self.posterior = network[:-1], network[-1], posterior
+        layer = network[-1]
+        assert isinstance(layer, nn.Linear)
+        self.body, self.posterior = network[:-1], posterior
         generator = step_generator(data.options.seed, 3)
         with torch.no_grad():
             x = self.body(torch.from_numpy(data.inputs))
