@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adapters.errors import DataError
 from .arrays import Array, as_numpy, check_labels
+from .search import kth_cosine
 
 ROWS = 4096
 
@@ -67,28 +68,7 @@ def knn(features: Array, training: Array, *, k: int = 50, own: Array | None = No
         raise DataError(f"k={k} was given; {available} training rows can be neighbours, so k must be 1 to {available}")
     if itself is not None and (itself.shape != (len(queries),) or itself.min() < -1 or itself.max() >= len(bank)):
         raise DataError(f"own must hold one row of training (0 to {len(bank) - 1}, or -1) for each of the features")
-    scores = np.empty(len(queries), np.float32)
-    for start in range(0, len(queries), ROWS):
-        rows = slice(start, start + ROWS)
-        scores[rows] = _kth(_unit(queries[rows]), bank, k, None if itself is None else itself[rows])
-    return scores
-
-
-def _kth(query: Tensor, bank: np.ndarray, k: int, own: np.ndarray | None) -> np.ndarray:
-    best = query.new_full((len(query), 0), -math.inf)
-    for start in range(0, len(bank), ROWS):
-        cosine = query @ _unit(bank[start : start + ROWS]).T
-        if own is not None:
-            place = torch.from_numpy(own - start)
-            inside = ((place >= 0) & (place < cosine.shape[1]) & torch.from_numpy(own >= 0)).nonzero().squeeze(1)
-            cosine[inside, place[inside]] = -math.inf
-        best = torch.cat([best, cosine], 1)
-        best = best.topk(min(k, best.shape[1]), dim=1).values
-    return (1 - best[:, -1]).clamp(0, 2).numpy()
-
-
-def _unit(rows: np.ndarray) -> Tensor:
-    return torch.nn.functional.normalize(_rows(rows), dim=1)
+    return (1 - kth_cosine(queries, bank, k, itself)).clip(0, 2).astype(np.float32)
 
 
 def fit_temperature(logits: Array, label: Array) -> float:

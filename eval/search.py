@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..adapters.errors import DataError, OptionError
 from .arrays import Array, as_numpy
@@ -21,6 +22,7 @@ BACKENDS = ("torch", "faiss")
 QUERIES = {"cpu": 256}  # rows of one product; the measured best on a CPU, see benchmarks/retrieval.py
 QUERIES_ELSEWHERE = 2048
 COLUMNS, NUMBERS = 1 << 16, 1 << 23  # gallery rows of one product: so many, or fewer where rows are long
+COPIED = 1 << 14  # queries that are held at once where they have to be copied
 BLOCK = 64  # columns whose largest similarity stands for them all
 
 
@@ -66,7 +68,22 @@ def neighbours(
         raise DataError(f"k={k} was given; expected 1 <= k <= {available}, the number of rows that can be found")
     if not len(rows):
         return np.empty((0, k), dtype=np.int64)
-    return (_faiss if backend == "faiss" else _torch)(rows, columns, k, itself, torch.device(device))
+    if backend == "faiss":
+        return _faiss(rows, columns, k, itself, torch.device(device))
+    return _torch(rows, columns, k, itself, torch.device(device))[1]
+
+
+def kth_cosine(query: np.ndarray, gallery: np.ndarray, k: int, own: np.ndarray | None = None) -> np.ndarray:
+    """Cosine of each query [Q, D] to the k-th nearest gallery row [G, D], [Q]; rows of any length, memory maps welcome.
+
+    own: int [Q], a gallery row that is left out; -1: none. Raises DataError for numbers that are not finite.
+    """
+    parts = []
+    for start in range(0, len(query), COPIED):
+        rows = slice(start, start + COPIED)
+        itself = None if own is None else own[rows]
+        parts.append(_torch(query[rows], gallery, k, itself, torch.device("cpu"), unit=True)[0][:, -1])
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 
 def as_unit(embedding: Array | Tensor) -> np.ndarray:
@@ -94,14 +111,24 @@ def directions(name: str, embedding: Array) -> np.ndarray:
     return as_unit(rows / largest)  # squares neither overflow nor vanish
 
 
-def _torch(rows: np.ndarray, columns: np.ndarray, k: int, own: np.ndarray | None, device: torch.device) -> np.ndarray:
+def _torch(
+    rows: np.ndarray,
+    columns: np.ndarray,
+    k: int,
+    own: np.ndarray | None,
+    device: torch.device,
+    unit: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest products and their columns, [Q, k] twice; `unit`: of rows divided by their lengths."""
     dtype = np.dtype(np.result_type(_dtype(rows), _dtype(columns)))
     query = _tensor("the queries", rows, dtype, 0).to(device)
+    query = functional.normalize(query, dim=1) if unit else query
     best = query.new_full((len(rows), k), -torch.inf)
     found = torch.full((len(rows), k), -1, dtype=torch.int64, device=device)
     height, width = QUERIES.get(device.type, QUERIES_ELSEWHERE), max(BLOCK, min(COLUMNS, NUMBERS // rows.shape[1]))
     for first in range(0, len(columns), width):
         part = _tensor("the gallery", columns[first : first + width], dtype, first).to(device)
+        part = functional.normalize(part, dim=1) if unit else part
         for start in range(0, len(rows), height):
             chosen = slice(start, start + height)
             similar = query[chosen] @ part.T
@@ -113,7 +140,7 @@ def _torch(rows: np.ndarray, columns: np.ndarray, k: int, own: np.ndarray | None
             values, places = torch.cat([best[chosen], values], 1), torch.cat([found[chosen], places + first], 1)
             best[chosen], kept = values.topk(k, dim=1)
             found[chosen] = places.gather(1, kept)
-    return found.cpu().numpy()
+    return best.cpu().numpy(), found.cpu().numpy()
 
 
 def _largest(similar: Tensor, k: int) -> tuple[Tensor, Tensor]:
