@@ -42,7 +42,7 @@ from posthoc.eval.results import read_run
 from posthoc.eval.scaling import FITS, fit_scaling
 from posthoc.eval.score_rows import score_all
 from posthoc.eval.selective import selective_table
-from posthoc.eval.table import Table, over_seeds, render
+from posthoc.eval.table import Cell, Table, over_seeds, render
 from posthoc.recipes.classifier import as_input, train_classifier
 from posthoc.recipes.networks import SmallConvNet
 
@@ -174,7 +174,10 @@ def tiny_imagenet(shared: Path, data: Path) -> Iterator[Experiment]:
             yield Experiment(
                 f"Tiny ImageNet, EfficientNet-Lite{size}, {ways}-way",
                 network, test, {"dtd": replace(dtd, label=None)}, inside=("ImageNet photos", replace(inside, label=None)),
-                options={"temperature": {"base_temperature": 0.1}},  # its search by blur runs the network on 2 cores
+                options={
+                    "temperature": {"base_temperature": 0.1},  # its search by blur would run the network
+                    "loss": {"classifier": "backbone"}, "laplace": {"classifier": "backbone"},
+                },
             )  # fmt: skip
 
 
@@ -213,8 +216,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for part in arguments.parts:
         for experiment in PARTS[part](arguments.shared, arguments.data):
-            print(f"\n## {experiment.name}\n", flush=True)
-            print(render(tables_of(experiment, arguments.output, arguments.seeds), "markdown"), flush=True)
+            tables = tables_of(experiment, arguments.output, arguments.seeds)
+            print(f"\n### {experiment.name}\n\n{summary(tables)}\n\n{render(tables[-1:], 'markdown')}", flush=True)
 
 
 def tables_of(experiment: Experiment, output: Path, seeds: list[int]) -> list[Table]:
@@ -228,8 +231,30 @@ def tables_of(experiment: Experiment, output: Path, seeds: list[int]) -> list[Ta
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # a head's doubts are in its report
                     path.write_text(render(run(experiment, fitting, scored, seed), "json") + "\n")
-            runs.append(read_run(path))
+            runs.append([_same_rows(table) for table in read_run(path)])
     return [over_seeds(tables) for tables in zip(*runs, strict=True)]
+
+
+def _same_rows(table: Table) -> Table:
+    """Tuned rows without the value that was chosen, which differs by run."""
+    return replace(table, cells={name.split(" (tuned")[0] + " (tuned)" if " (tuned" in name else name: row
+                                 for name, row in table.cells.items()})  # fmt: skip
+
+
+def summary(tables: list[Table]) -> str:
+    """One line for each score: AUROC and FPR95 of every OOD set, and AURC of the mistakes; the JSON files hold the rest."""
+    *ood, mistakes, _ = tables
+    columns = [(table, metric, f"{table.about['set']}: {metric}") for table in ood for metric in ("auroc", "fpr95")]
+    columns += [(mistakes, metric, f"mistakes: {metric}") for metric in ("aurc", "error_auroc")]
+    lines = [["score", *(name for _, _, name in columns)], ["---"] * (len(columns) + 1)]
+    for name in ood[0].cells:
+        lines.append([name, *(_shown(table.cells[name][metric]) for table, metric, _ in columns)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _shown(cell: Cell) -> str:
+    value = f"{cell.value.value:.3f} [{cell.value.low:.3f}, {cell.value.high:.3f}]"
+    return f"**{value}**" if cell.better else value
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from .common import ScalarNet, check_choice, check_positive, check_whole, fit_ke
 
 STEPS = 1500
 FOLDS = 5
+CLASSIFIERS = ("auto", "backbone", "probe")
 
 
 class LossHead(Head):
@@ -32,6 +33,8 @@ class LossHead(Head):
 
     Args:
         objective: "ranking" (which of two images has the larger loss, margin below) or "mse" (the loss itself).
+        classifier: whose losses: "backbone"; "probe", a cross-fitted linear probe; "auto": the backbone's, if it has one of
+            as many classes as the labels (highest index + 1). Labels of some of its classes need "backbone".
         margin: of the ranking loss.
         width, depth: of the network's hidden layers.
 
@@ -43,13 +46,22 @@ class LossHead(Head):
     kind = "decision"
     needs_labels = True
 
-    def __init__(self, objective: str = "ranking", margin: float = 0.1, width: int = 64, depth: int = 2) -> None:
+    def __init__(
+        self,
+        objective: str = "ranking",
+        margin: float = 0.1,
+        width: int = 64,
+        depth: int = 2,
+        classifier: str = "auto",
+    ) -> None:
         super().__init__(
             objective=objective,
             margin=margin,
             width=width,
             depth=depth,
+            classifier=classifier,
         )
+        check_choice(self.name, "classifier", classifier, CLASSIFIERS)
         check_choice(self.name, "objective", objective, ("ranking", "mse"))
         check_positive(self.name, margin=margin)
         check_whole(self.name, width=width, depth=depth)
@@ -68,7 +80,7 @@ class LossHead(Head):
 
     def fit(self, data: FitData) -> dict[str, Any]:
         options = data.options
-        target, origin = _losses(data)
+        target, origin = _losses(data, self._config["classifier"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.build(data.dims)
@@ -90,13 +102,18 @@ class LossHead(Head):
         return result.summary() | {"losses_of": origin, "mean_loss": float(target[data.train].mean())}
 
 
-def _losses(data: FitData) -> tuple[np.ndarray, str]:
+def _losses(data: FitData, wanted: str) -> tuple[np.ndarray, str]:
     """Cross-entropy [N] of the classifier on every row, and whose classifier it is."""
     f = data.features
     if f.label is None:
         raise DataError("the loss head learns the classifier's loss and needs labels: give (images, labels)")
     classes = int(f.label.max()) + 1 if f.label.ndim == 1 else f.label.shape[1]
-    if f.logits is not None and f.logits.shape[-1] == classes:
+    own = 0 if f.logits is None else f.logits.shape[-1]
+    if wanted == "backbone" and own < classes:
+        raise DataError(
+            f"classifier='backbone' was asked for; it has {own or 'no'} classes and the labels {classes}: use classifier='probe'"
+        )
+    if wanted == "backbone" or (wanted == "auto" and own == classes):
         return _cross_entropy(np.asarray(f.logits), f.label), "backbone"
     fold = np.floor(row_uniform(f.row, data.options.seed + 1) * FOLDS).astype(np.int64)
     fold[data.held_out] = -1  # scored by a probe fitted on all fitting rows

@@ -151,6 +151,25 @@ def test_without_a_classifier_the_losses_are_a_cross_fitted_probes() -> None:
     features, _ = ambiguous_data()
     bare = Features.from_arrays(features.embedding, label=features.label)
     assert "cross-fitted" in LossHead().fit(fit_data(bare))["losses_of"]
+    with pytest.raises(posthoc.PosthocError, match="no classes and the labels 4"):
+        LossHead(classifier="backbone").fit(fit_data(bare))
+
+
+def test_labels_of_some_classes_are_the_backbones_when_told() -> None:
+    features, _ = ambiguous_data()
+    kept = features[np.flatnonzero(features.label < CLASSES - 1)]
+    data = FitData(
+        kept,
+        np.arange(250),
+        np.arange(250, len(kept)),
+        positives="labels",
+        options=fit_data(features, epochs=1).options,
+    )
+    found = {kind: LossHead(classifier=kind).fit(data) for kind in ("auto", "backbone", "probe")}
+    assert [one["losses_of"].split()[0] for one in found.values()] == ["linear", "backbone", "linear"]
+    logits, label = torch.from_numpy(np.asarray(kept.logits[:250])), torch.from_numpy(kept.label[:250])
+    wanted = float(torch.nn.functional.cross_entropy(logits, label))
+    assert found["backbone"]["mean_loss"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_base_temperature_is_chosen_by_blur() -> None:
@@ -201,6 +220,7 @@ def test_labels_are_needed_where_losses_are_learnt() -> None:
         ("kappa", {"n_samples": 2.5}),
         ("loss", {"objective": "l1"}),
         ("loss", {"margin": "0.1"}),
+        ("loss", {"classifier": "own"}),
         ("temperature", {"width": -1}),
         ("temperature", {"depth": -1}),
     ],
