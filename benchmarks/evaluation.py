@@ -47,7 +47,7 @@ from posthoc.recipes.classifier import as_input, train_classifier
 from posthoc.recipes.networks import SmallConvNet
 
 HEADS = ["kappa", "temperature", "loss", "laplace", "metric-laplace"]
-RESAMPLES = 300
+RESAMPLES = 200
 
 
 @dataclass

@@ -22,8 +22,14 @@ ROWS = 4096
 
 def max_softmax(logits: Array) -> np.ndarray:
     """One minus the largest softmax probability (Hendrycks & Gimpel 2017). `logits` [N, C] -> [N], 0 to 1 - 1/C."""
-    # 1 - p_max as the sum of the other probabilities keeps its digits when p_max rounds to 1
-    return _by_rows(logits, lambda x: -torch.expm1(x.amax(1) - x.logsumexp(1)))
+
+    def others(x: Tensor) -> Tensor:
+        # 1 - p_max from the sum s of the other exponentials, as s / (1 + s): it keeps its digits where p_max rounds to 1
+        best = x.argmax(1, keepdim=True)
+        rest = (x - x.gather(1, best)).exp().scatter(1, best, 0.0).sum(1)
+        return rest / (1 + rest)
+
+    return _by_rows(logits, others)
 
 
 def entropy(logits: Array) -> np.ndarray:

@@ -135,3 +135,12 @@ def test_figures_measured_on_cifar_features(shared):
     for name, figures in measured.items():
         ours = [auroc(inside[name], outside[name]) for outside in (dtd, notmnist)]
         assert ours == pytest.approx(figures, abs=0.008), name
+
+
+def test_max_softmax_keeps_its_digits_where_the_softmax_is_sure():
+    gap = np.arange(10, 80, 5.0)
+    logits = np.zeros((len(gap), 4), np.float32)
+    logits[:, 2] = gap
+    exact = 3 * np.exp(-gap) / (1 + 3 * np.exp(-gap))
+    assert baselines.max_softmax(logits) == pytest.approx(exact, rel=1e-6)
+    assert baselines.max_softmax(np.zeros((1, 4), np.float32)) == pytest.approx([0.75])
