@@ -101,6 +101,33 @@ def not_constant(scores: Mapping[str, Sequence[np.ndarray]]) -> None:
             raise DataError(f"score {name!r} is constant ({parts[0][0]:g} for every image): it ranks nothing")
 
 
+def same_network(sets: Sequence[Scored | None]) -> None:
+    """Raises DataError where two of the sets are known to come from different networks; None, a set not given, is skipped.
+
+    They do where one of `TABLES` has another width, or where both know the fingerprint of their backbone and these differ.
+    """
+    first: dict[str, tuple[Any, Scored]] = {}
+    for one in sets:
+        if one is None:
+            continue
+        known = {key: np.shape(getattr(one, key))[1] for key in TABLES if getattr(one, key) is not None}
+        made_by = None if one.features is None else one.features.backbone_fingerprint
+        for key, mine in {**known, "backbone": made_by}.items():
+            if mine is None:
+                continue
+            theirs, other = first.setdefault(key, (mine, one))
+            if mine != theirs:
+                told = (
+                    f"the backbones' fingerprints are {theirs[:12]}... and {mine[:12]}..."
+                    if key == "backbone"
+                    else f"{key} [N, {theirs}] and [N, {mine}]"
+                )
+                raise DataError(
+                    f"{other.name} and {one.name} come from different networks ({told}), so their scores cannot be compared: "
+                    "extract both with one network"
+                )
+
+
 def overlap(a: Scored, b: Scored) -> tuple[list[int], list[int]]:
     """Rows of a whose image is also in b, and rows of b whose image is also in a, by the first of `KEYS` that both have."""
     for kind in KEYS:
