@@ -19,15 +19,20 @@ def as_numpy(values: Array) -> np.ndarray:
 
 
 def finite(name: str, values: Array, ndim: int | tuple[int, ...] = 1) -> np.ndarray:
-    """Float64 array of `ndim` dimensions with at least one row.
+    """Float64 array of `ndim` dimensions with at least one row and, of two dimensions and more, one column.
 
-    Raises DataError for another shape, no rows, or values that are not finite (naming the first rows).
+    Raises DataError for what are no real numbers, another shape, no rows or columns, or values that are not finite (naming the
+    first rows).
     """
-    array = as_numpy(values).astype(np.float64)
+    array = as_numpy(values)
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{name} is {array.dtype}; real numbers are expected")
+    array = array.astype(np.float64)
     allowed = (ndim,) if isinstance(ndim, int) else ndim
-    if array.ndim not in allowed or not len(array):
+    if array.ndim not in allowed or 0 in array.shape:
         wanted = " or ".join(f"{n}-dimensional" for n in allowed)
-        raise DataError(f"{name} has shape {array.shape}; expected a {wanted} array with at least one row")
+        least = "one row" if array.ndim < 2 else "one row and one column"
+        raise DataError(f"{name} has shape {array.shape}; expected a {wanted} array with at least {least}")
     if not np.isfinite(array).all():
         bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))
         rows = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")

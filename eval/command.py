@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from ..adapters.errors import PosthocError
+import torch
+
+from ..adapters.errors import OptionError, PosthocError
 from ..adapters.files import replace_file
 from .table import Table, render
 
 
 @dataclass(kw_only=True)
 class TableCommand:
-    """The options that every evaluation has, and how its tables are shown."""
+    """The options that every evaluation has, and how its tables are shown.
 
+    Raises OptionError, before anything is computed, for a seed or number of resamples out of range, a device that is not there
+    and an output that cannot be written.
+    """
+
+    output_is_folder: ClassVar[bool] = False
+    """Whether `output` names a folder, which the command itself looks after."""
     checkpoint: Path | None = None
     """local weights of the backbone, .safetensors or .pth"""
     split: str = "test"
@@ -34,12 +43,53 @@ class TableCommand:
     device: str | None = None
     """default: the CPU"""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise OptionError(f"--seed {self.seed} was given; expected a whole number from 0 to 2^63 - 1")
+        if self.resamples < 1:
+            raise OptionError(f"--resamples {self.resamples} was given; expected at least 1")
+        if self.device is not None:
+            check_device(self.device)
+        if self.output is not None and not self.output_is_folder:
+            check_writable(self.output)
+
     def show(self, tables: Sequence[Table]) -> None:
         """Print the tables and, if asked, write them as JSON."""
         print(render(tables, self.format))
         if self.output is not None:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self.output, (render(tables, "json") + "\n").encode())
+            content = (render(tables, "json") + "\n").encode()
+            try:
+                self.output.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(self.output, content)
+            except OSError as error:
+                raise OptionError(f"cannot write --output {self.output}: {error}") from error
+
+
+def check_device(name: str) -> None:
+    """Raises OptionError unless PyTorch knows the device and can compute there."""
+    try:
+        torch.zeros(1, device=torch.device(name)).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        raise OptionError(
+            f"--device {name} cannot be used ({why}); expected cpu, or an accelerator that is here, such as cuda"
+        ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raises OptionError unless a file can be written there, its folders made if need be; makes nothing."""
+    try:
+        if path.is_dir():
+            raise OptionError(
+                f"--output {path} is a folder; expected the name of a file, such as {path / 'tables.json'}"
+            )
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        if not there.is_dir():
+            raise OptionError(f"--output {path} cannot be written: {there} is a file, not a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise OptionError(f"--output {path} cannot be written: nothing may be written to {there}")
+    except (OSError, ValueError) as error:  # a name that is too long, or none at all
+        raise OptionError(f"--output {path} cannot be written: {error}") from error
 
 
 def run_command(options: Any, program: str, arguments: Sequence[str] | None = None) -> None:
@@ -48,8 +98,8 @@ def run_command(options: Any, program: str, arguments: Sequence[str] | None = No
 
     from .datasets import looking_in
 
-    command = tyro.cli(options, prog=program, args=list(sys.argv[1:] if arguments is None else arguments))
     try:
+        command = tyro.cli(options, prog=program, args=list(sys.argv[1:] if arguments is None else arguments))
         with looking_in(getattr(command, "data_dir", None)):
             command.run()
     except PosthocError as error:

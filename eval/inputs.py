@@ -9,6 +9,8 @@ the embedding, higher = more certain). An .npz may also hold `logits` [N, C], `e
 from __future__ import annotations
 
 import csv
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +36,8 @@ KEYS = ("content", "pixels", "embedding", "logits")
 class Scored:
     """The images of one set, [N] rows everywhere: scores by name, and what more is known.
 
-    Raises DataError where nothing is given, rows are few or many in one of the arrays (naming the lengths), or values are not
-    finite (naming the rows).
+    `label` becomes int64 [N] class indices, or is float [N, C] of soft labels. Raises DataError where nothing is given, rows are
+    few or many in one of the arrays (naming the lengths), values are not finite or labels no classes (naming the rows).
     """
 
     name: str
@@ -55,6 +57,9 @@ class Scored:
     def __post_init__(self) -> None:
         parts = {f"score {name!r}": values for name, values in self.scores.items()}
         parts |= {key: getattr(self, key) for key in (*KNOWN, *TABLES)}
+        flat = [key for key, values in parts.items() if not getattr(values, "ndim", 1)]
+        if flat:
+            raise DataError(f"{self.name}: {', '.join(flat)} has no dimension; one row for each image is expected")
         lengths = {key: len(values) for key, values in parts.items() if values is not None}
         if not lengths or not max(lengths.values()):
             raise DataError(f"{self.name} is empty: no scores, features or images")
@@ -67,6 +72,10 @@ class Scored:
         for key in TABLES:
             if getattr(self, key) is not None:
                 finite(f"{self.name}: {key}", getattr(self, key), 2)
+        if self.label is not None:
+            self.label = _checked_label(f"{self.name}: label", self.label)
+        if isinstance(self.content, np.ndarray) and self.content.ndim > 1:
+            raise DataError(f"{self.name}: content has shape {self.content.shape}; one key for each image is expected")
         if self.correct is not None:
             self.correct = truth(f"{self.name}: correct", self.correct)
         elif self.label is not None and self.logits is not None and self.label.ndim == 1:
@@ -226,33 +235,72 @@ def from_arrays(name: str, arrays: Mapping[str, Array]) -> Scored:
 
 def _from_npz(path: Path, name: str) -> Scored:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return from_arrays(name, {key: file[key] for key in file.files})
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        with path.open("rb") as raw:
+            whole = zipfile.is_zipfile(raw)  # else NumPy takes it for one array or a pickle, whatever its name
+            raw.seek(0)
+            if whole:
+                with np.load(raw, allow_pickle=False) as file:
+                    arrays = {key: file[key] for key in file.files}
+    except _UNREADABLE as error:
+        raise DataError(f"cannot read {path}: {error or type(error).__name__}; write it with numpy.savez") from error
+    if not whole:
+        raise DataError(f"{path} is no .npz file, or not all of one; write it with numpy.savez")
+    return from_arrays(name, arrays)
+
+
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What `zipfile` and NumPy raise for damaged files and for those with objects in them."""
 
 
 def _from_csv(path: Path, name: str) -> Scored:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(f"{path}: line {reader.line_num} has another number of cells than the first line")
+                rows.append(row)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {path}: {error}; a comma-separated table in UTF-8 is expected") from error
     columns: dict[str, np.ndarray] = {}
     for key in rows[0] if rows else ():
         words = [row[key] for row in rows]
         if key in NOT_SCORES or not any(words):
             continue
-        if key == "content":
-            columns[key] = np.array(words)
-            continue
-        if key in ("label", "correct"):
-            words = [{"true": "1", "false": "0"}.get(word.lower(), word) for word in words]
-        try:
-            values = np.array([float(word) if word else np.nan for word in words])
-        except ValueError:
-            if key != "label":
-                raise DataError(f"{path}: column {key!r} holds words; scores are numbers") from None
-            values = np.unique(words, return_inverse=True)[1].astype(np.float64)
-        columns[key] = values.astype(np.int64) if key == "label" and np.isfinite(values).all() else values
+        columns[key] = np.array(words) if key == "content" else _numbers(path, key, words)
     return from_arrays(name, columns)
+
+
+def _numbers(path: Path, key: str, words: list[str]) -> np.ndarray:
+    """A column of a .csv, float64 [N], empty cells as NaN; labels that are words become the place of theirs among all."""
+    if key in ("label", "correct"):
+        words = [{"true": "1", "false": "0"}.get(word.lower(), word) for word in words]
+    try:
+        return np.array([float(word) if word else np.nan for word in words])
+    except ValueError:
+        if key != "label":
+            raise DataError(f"{path}: column {key!r} holds words; scores are numbers") from None
+    place = np.unique(words, return_inverse=True)[1].astype(np.float64)
+    return np.where(np.array(words) == "", np.nan, place)
+
+
+def _checked_label(name: str, label: Array) -> np.ndarray:
+    """Class indices as int64 [N], from whole numbers of any dtype, or soft labels [N, C] as they are."""
+    array = as_numpy(label)
+    wanted = "whole numbers [N] (class indices) or [N, C], C > 1 (class probabilities), are expected"
+    if array.dtype.kind not in "fiub" or array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] < 2):
+        kind = "text" if array.dtype.kind in "US" else str(array.dtype)
+        raise DataError(f"{name} is {kind} {list(array.shape)}; {wanted}")
+    if array.dtype.kind == "f":
+        values = finite(name, array, (1, 2))
+        whole = (values == np.round(values)) & (np.abs(values) < 2**53)
+        bad = np.flatnonzero(~whole if array.ndim == 1 else (values < 0).any(1))
+        if len(bad):
+            rows = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            what = "no whole number" if array.ndim == 1 else "negative"
+            raise DataError(f"{name} is {what} in {len(bad)} of {len(array)} rows (rows {rows}); {wanted}")
+    return array if array.ndim == 2 else array.astype(np.int64, copy=False)
 
 
 def _one_view(table: np.ndarray | None) -> np.ndarray | None:

@@ -97,6 +97,7 @@ class Report(TableCommand):
 
     Example: posthoc eval report ood.json --id test.npz --ood textures.npz --output report/"""
 
+    output_is_folder = True
     output: Path = field()  # asked for, unlike that of a table
     """folder to write to"""
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")] = ()
