@@ -175,6 +175,10 @@ weights DICE drops (its paper's ImageNet setting), the quantiles that ReAct and 
 activations ASH and SCALE count as small, GEN's exponent."""
 
 
+EVERY_CLASS = ("SHE",)
+"""Detectors that look up the predicted class among those of the training images."""
+
+
 def _principal(at: Fitting) -> int:
     return min(max(1, int(at.value * at.head.in_features)), at.head.in_features - 1)
 
@@ -190,21 +194,19 @@ class Detectors:
     def scores(self, features: Array) -> dict[str, np.ndarray]:
         """Every fitted detector's score of features [N, D]: float32 [N], higher = OOD.
 
-        One that is not finite on all rows is missing, and `left_out` says where. Raises DataError for another width.
+        One that fails, or is not finite on all rows, is missing, and `left_out` says why. Raises DataError for another width.
         """
         x = _tensor(finite("features", features, 2))
         if x.shape[1] != self.head.in_features:
             raise DataError(f"these features have {x.shape[1]} dimensions; fitted were {self.head.in_features}")
         result = {}
         for name, score in self.fitted.items():
-            parts = []
-            for rows in x.split(ROWS):
-                with torch.no_grad(), quiet():
-                    parts.append(score(rows, self.head(rows)).float().cpu().numpy())
             try:
+                with torch.no_grad(), quiet():
+                    parts = [score(rows, self.head(rows)).float().cpu().numpy() for rows in x.split(ROWS)]
                 result[name] = finite("its score", np.concatenate(parts)).astype(np.float32)
-            except DataError as error:
-                self.left_out[name] = str(error)
+            except (DataError, IndexError, RuntimeError, ValueError) as error:
+                self.left_out[name] = str(error) or type(error).__name__
         return result
 
 
@@ -214,8 +216,8 @@ def fit_detectors(
     """Detectors of `names` (None: all of `DETECTORS` that the installed pytorch-ood has), fitted on training rows.
 
     `values`: settings by the detector's name, in place of the defaults of `SETTINGS`.
-    One that cannot be fitted on these rows (a class without a right prediction, a singular covariance) is left out, and
-    `left_out` says so. Raises OptionError for an unknown name, PosthocError without pytorch-ood.
+    One that cannot be fitted on these rows (a class without an image or a right prediction, a singular covariance) is left
+    out, and `left_out` says so. Raises OptionError for an unknown name, PosthocError without pytorch-ood.
     """
     for name in names or ():
         if name not in DETECTORS:
@@ -227,15 +229,27 @@ def fit_detectors(
     head.bias.copy_(bias)
     z, label = _tensor(as_numpy(training.features)), torch.from_numpy(as_numpy(training.label).astype(np.int64))
     logits = head(z)
-    found = Detectors(head)
+    found, missing = Detectors(head), _without_image(label, len(weight))
     for name in names or DETECTORS:
+        if missing and name in EVERY_CLASS:
+            found.left_out[name] = missing
+            continue
         try:
             with quiet():
                 value = (values or {}).get(name, SETTINGS[name].default if name in SETTINGS else 0.0)
                 found.fitted[name] = DETECTORS[name](Fitting(module, z, label, logits, head, value))
         except (ValueError, AssertionError, AttributeError, RuntimeError) as error:
-            found.left_out[name] = str(error) or type(error).__name__
+            found.left_out[name] = str(error) or missing or type(error).__name__
     return found
+
+
+def _without_image(label: Tensor, classes: int) -> str:
+    """Says which of the classes have no training image; empty where all have one."""
+    absent = torch.nonzero(torch.bincount(label, minlength=classes) == 0).flatten().tolist()
+    if not absent:
+        return ""
+    shown = ", ".join(map(str, absent[:5])) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+    return f"class{'es' * (len(absent) > 1)} {shown} of {classes} {'have' if len(absent) > 1 else 'has'} no training image"
 
 
 def last_layer(features: Array, logits: Array, tolerance: float = 1e-3) -> tuple[np.ndarray, np.ndarray]:

@@ -111,7 +111,43 @@ def test_one_that_cannot_be_fitted_is_left_out_and_says_why():
     never = np.where(label == 2, 3, label)  # class 2 never occurs
     found = fit_detectors(Training(f, never, weight, bias), ["Mahalanobis", "GEN"])
     assert list(found.fitted) == ["GEN"]
-    assert found.left_out["Mahalanobis"]
+    assert found.left_out["Mahalanobis"] == "class 2 of 4 has no training image"
+
+
+@pytest.mark.parametrize(
+    ("there", "told", "out"),
+    [
+        ([0, 1, 2, 3], "classes 4, 5, 6, 7, 8 and 1 more of 10 have no training image", {"SHE"}),
+        ([0, 1, 2, 3, 4, 5, 6], "classes 7, 8, 9 of 10 have no training image", {"SHE"}),
+        (list(range(1, 10)), "class 0 of 10 has no training image", {"SHE", "Mahalanobis", "RMD"}),
+        ([0], "classes 1, 2, 3, 4, 5 and 4 more of 10 have no training image", {"SHE"}),
+        ([5], "classes 0, 1, 2, 3, 4 and 4 more of 10 have no training image", {"SHE", "Mahalanobis", "RMD"}),
+    ],
+)
+def test_training_images_of_some_of_ten_classes(there, told, out):
+    rng = np.random.default_rng(0)
+    every = np.arange(300) % 10
+    f = np.abs(rng.normal(size=(300, 12)) * 0.5)
+    f[np.arange(300), every] += 4
+    weight = (np.eye(10, 12) * 2 - 0.2).astype(np.float32)
+    kept = np.isin(every, there)
+    found = fit_detectors(Training(f[kept], every[kept], weight, np.zeros(10, np.float32)))
+    assert found.left_out == dict.fromkeys(out, told)
+    scores = found.scores(f.astype(np.float32))  # images of the other classes too
+    assert set(scores) == set(DETECTORS) - out
+    assert found.left_out == dict.fromkeys(out, told)
+
+
+@pytest.mark.parametrize("error", [IndexError("index 7"), RuntimeError("no memory"), ValueError()])
+def test_one_that_fails_while_scoring_is_left_out_alone(error):
+    found = fit_detectors(Training(*world(40)), ["GEN", "ViM"])
+
+    def fails(*_):
+        raise error
+
+    found.fitted["GEN"] = fails
+    assert list(found.scores(unseen(5))) == ["ViM"]
+    assert found.left_out == {"GEN": str(error) or "ValueError"}
 
 
 def test_an_ensemble_has_no_units():
