@@ -13,15 +13,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..adapters.errors import DataError
+from .bootstrap import Interval
 from .command import TableCommand, run_command
 from .conformal_sets import ClassSetReport, fit_conformal, set_report
 from .inputs import Scored, open_model, overlap, read
 from .retrieval_statistics import KnownMeans
 from .statistics import Statistic
-from .table import Table, fill
+from .table import Cell, Table, fill
 
 REFERENCE = "LAC"
 NAMES = ("coverage", "size", "single", "empty")
+WORST = "worst_class_coverage: the interval is from exact bounds of every class at once, and is conservative"
 RULES: Mapping[str, dict] = {
     "LAC": {"method": "lac"},
     "APS": {"method": "aps"},
@@ -49,6 +51,25 @@ class ClassCoverage(Statistic):
         return np.stack([np.nanmin(share, 1), np.nanmean(share, 1)], 1)
 
 
+def worst_class_interval(covered: np.ndarray, label: np.ndarray, level: float = 0.95) -> Interval:
+    """The worst class's coverage and an exact interval of the least true one: `covered` bool [N], `label` int [N].
+
+    From Clopper and Pearson's (1934) bounds of every class. Low: the least of the lower bounds, which is above the truth only
+    where the worst class's own bound is. High: the least of the upper bounds, each at (1 - level) / 2 over the number of
+    classes (Bonferroni), for any of them may be the least by chance. Conservative; classes without a row say nothing. A
+    bootstrap of a minimum is too low: ten classes of coverage .9 and 2,000 rows, and it holds .9 in 1 % of the sets.
+    """
+    from scipy.stats import beta
+
+    place = np.unique(label, return_inverse=True)[1]
+    rows = np.bincount(place)
+    hits = np.bincount(place, weights=np.asarray(covered, bool))
+    miss = (1 - level) / 2
+    low = np.where(hits > 0, beta.ppf(miss, np.maximum(hits, 1), rows - hits + 1), 0.0)
+    high = np.where(hits < rows, beta.ppf(1 - miss / len(rows), hits + 1, np.maximum(rows - hits, 1)), 1.0)
+    return Interval(float((hits / rows).min()), float(low.min()), float(high.min()))
+
+
 def conformal_table(
     reports: Mapping[str, ClassSetReport],
     *,
@@ -59,7 +80,8 @@ def conformal_table(
 ) -> Table:
     """Coverage, mean size, shares of sets of one class and of none, and coverage by class, of rules by name.
 
-    Nothing is marked: a coverage is not better for being higher. Raises DataError for reports of different rows.
+    Nothing is marked: a coverage is not better for being higher. The worst class's interval is `worst_class_interval`'s, and
+    its differences have none. Raises DataError for reports of different rows.
     """
     cells = fill(
         {
@@ -72,9 +94,11 @@ def conformal_table(
     by_class = ("worst_class_coverage", "mean_class_coverage")
     for key, row in fill(made, by_class, (), reference, resamples, seed).items():
         cells[key].update(row)
+        worst = worst_class_interval(reports[key].covered, reports[key].label)
+        cells[key]["worst_class_coverage"] = Cell(worst)
     plain = {key: {m: replace(c, better=False) for m, c in row.items()} for key, row in cells.items()}
     about = {"set": name, "rows": next(iter(made.values())).sizes[0], "reference": reference, "seed": seed}
-    return Table(name, (*NAMES, *by_class), plain, (), about)
+    return Table(name, (*NAMES, *by_class), plain, (WORST,), about)
 
 
 def fit_rules(
@@ -148,7 +172,9 @@ class Conformal(TableCommand):
         ranked = (
             "RAPS: 0.01 for each rank beyond the fifth; randomised: the true class is counted in part, which is drawn"
         )
-        self.show([Table(table.title, table.metrics, table.cells, (promise, ranked, *notes), table.about)])
+        self.show(
+            [Table(table.title, table.metrics, table.cells, (promise, ranked, *table.notes, *notes), table.about)]
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

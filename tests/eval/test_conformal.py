@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
-from posthoc.eval.conformal import ClassCoverage, main
-from posthoc.eval.conformal_sets import fit_conformal, set_report
+from posthoc.eval.conformal import ClassCoverage, conformal_table, main, worst_class_interval
+from posthoc.eval.conformal_sets import ClassSetReport, fit_conformal, set_report
 
 FEW = ["--resamples", "40"]
 
@@ -65,6 +66,58 @@ def test_coverage_by_class_one_at_a_time() -> None:
     for row, (worst, mean) in zip(counts, found, strict=True):
         share = [(row * covered)[label == c].sum() / row[label == c].sum() for c in (0, 3, 6, 9)]
         assert (worst, mean) == pytest.approx((min(share), np.mean(share)))
+
+
+def test_bounds_of_the_worst_class_are_scipys() -> None:
+    label = np.repeat([2, 5, 9], [40, 10, 3])
+    covered = np.concatenate([np.arange(40) < 30, np.arange(10) < 8, np.ones(3, bool)])
+    parts = [(30, 40), (8, 10), (3, 3)]
+    low = min(binomtest(hits, rows).proportion_ci(0.95).low for hits, rows in parts)
+    high = min(binomtest(hits, rows).proportion_ci(1 - 0.05 / 3).high for hits, rows in parts)
+    found = worst_class_interval(covered, label)
+    assert (found.value, found.low, found.high) == pytest.approx((0.75, low, high))
+    none, every = (worst_class_interval(np.full(6, to), np.arange(6) % 2) for to in (False, True))
+    assert (none.value, none.low) == (0.0, 0.0)
+    assert (every.value, every.high) == (1.0, 1.0)
+    assert none.high == pytest.approx(1 - every.low, abs=0.2)
+
+
+WORST = {
+    "all alike": np.full(10, 0.9),
+    "one differs": np.r_[np.full(9, 0.95), 0.75],
+    "spread": np.linspace(0.85, 0.99, 10),
+    "hundred classes": np.full(100, 0.9),
+}
+
+
+@pytest.mark.parametrize("name", WORST)
+def test_the_interval_of_the_worst_class_holds_it(name: str) -> None:
+    true = WORST[name]
+    rng = np.random.default_rng(3)
+    hits = []
+    for _ in range(400):
+        label = rng.integers(0, len(true), 2000)
+        found = worst_class_interval(rng.random(2000) < true[label], label)
+        assert found.low <= found.value <= found.high
+        hits.append(found.low <= true.min() <= found.high)
+    assert np.mean(hits) >= 0.95 - 3 * (0.05 * 0.95 / 400) ** 0.5  # exact and conservative: at least what it says
+    if name == "one differs":
+        assert found.high - found.low < 0.2  # 200 rows of the class that is the worst
+
+
+def test_coverage_and_size_hold_the_truth_as_often_as_they_say() -> None:
+    """The columns of the table: sets of 1, 2 or 3 classes that hold the label with .7, .85 and 1."""
+    rng = np.random.default_rng(4)
+    truth = {"coverage": 0.85, "size": 2.0, "single": 1 / 3, "mean_class_coverage": 0.85}
+    hits: dict[str, list[bool]] = {key: [] for key in truth}
+    for i in range(120):
+        size = rng.integers(1, 4, 300)
+        report = ClassSetReport(rng.random(300) < 0.55 + 0.15 * size, size, rng.integers(0, 5, 300))
+        row = conformal_table({"LAC": report}, resamples=100, seed=i).cells["LAC"]
+        for key, found in truth.items():
+            hits[key].append(row[key].value.low <= found <= row[key].value.high)
+    for key, each in hits.items():
+        assert 0.90 <= np.mean(each) <= 0.985, key
 
 
 @pytest.mark.parametrize(
