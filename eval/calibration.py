@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..adapters.errors import DataError
+from ..adapters.errors import DataError, OptionError
 from .bootstrap import bootstrap, bootstrap_difference
 from .calibration_statistics import AdaptiveEce, Brier, BrierParts, BrierReliability, ClasswiseEce, SmoothEce
 from .command import TableCommand, run_command
@@ -22,6 +22,8 @@ from .table import Cell, Table, cell
 
 NAMES = ("accuracy", "nll", "brier", "reliability", "ece", "adaptive_ece", "smooth_ece", "classwise_ece")
 LOWER = NAMES[1:]
+MOST_BINS = 1000
+"""More hold few images each, or none, and their errors are noise."""
 
 
 def statistics(log_probability: np.ndarray, label: np.ndarray, bins: int = 15) -> dict[str, Statistic]:
@@ -92,6 +94,11 @@ class Calibration(TableCommand):
     bins: int = 15
     """of the binned errors"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.bins <= MOST_BINS:
+            raise OptionError(f"--bins {self.bins} was given; expected 1 to {MOST_BINS}")
+
     def run(self) -> None:
         model = open_model(self.model, self.checkpoint, self.device)
         one = read(self.data, model, self.split)
@@ -115,7 +122,7 @@ class Calibration(TableCommand):
         table = calibration_table(
             values, one.label, name=one.name, bins=self.bins, resamples=self.resamples, seed=self.seed
         )
-        self.show([Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)])
+        self.show([table.noted(*notes)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,7 +11,8 @@ shares classes with the ID set (`dataset_classes`) there are two tables, with th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -19,9 +20,9 @@ from ..adapters.errors import DataError, OptionError
 from .command import run_command
 from .dataset_notes import parts_by_class, preprocessing_notes, unremoved_classes
 from .datasets import check_there
-from .inputs import Scored, not_constant, overlap, read
+from .inputs import Scored, not_constant, overlap, read, same_network
 from .ood_statistics import OodMetrics, ScodAurc, ScodAuroc
-from .score_rows import REFERENCE, RowsCommand, mistakes
+from .score_rows import REFERENCE, RowsCommand, doubtful_labels, mistakes
 from .table import Table, fill, over_seeds
 
 LOWER = ("fpr95", "ood_accepted_at_95_id", "scod_aurc")
@@ -43,10 +44,11 @@ def ood_table(
     Args:
         kind: "near" or "far", printed in the title.
         wrong: bool [N], the classifier's mistakes on the ID images: adds the SCOD columns.
-        reference: the score that paired differences are taken from; None, or one that is not there: no differences.
+        reference: the score that paired differences are taken from; None: no differences.
 
     ID and OOD rows are resampled separately, the same rows for every score. Raises DataError for scores that only one of
-    the two has, of different length, not finite (naming the rows), or the same everywhere.
+    the two has, of different length, not finite (naming the rows), or the same everywhere, OptionError for a reference that is
+    none of them (`table.check_reference`).
     """
     if set(inside) != set(outside) or not inside:
         odd = ", ".join(sorted(set(inside) ^ set(outside))) or "none at all"
@@ -78,7 +80,10 @@ def ood_table(
                 cells[key].update(row)
             metrics = (*metrics, metric)
         about["id_errors"] = int(np.sum(wrong))
-        notes.append(f"scod: {about['id_errors']} mistakes and {b.rows} OOD images are to be rejected together")
+        notes.append(
+            f"scod: {about['id_errors']} mistakes (accuracy {np.mean(a.correct):.4f}) and {b.rows} OOD images are to be rejected "
+            "together"
+        )
     title = f"{name} ({kind} OOD)" if kind else name
     if reference in inside:
         notes.append(f"marked: better than {reference} on the same resampled rows, beyond the 95 % interval")
@@ -88,16 +93,24 @@ def ood_table(
 
 
 def check_overlap(inside: Scored, others: Sequence[Scored]) -> list[str]:
-    """A note for each set that shares images with the ID set. Raises DataError for one that holds nothing else."""
+    """A note for each set that shares images with the ID set. Raises DataError for one that holds nothing else.
+
+    Of files with scores alone it is told only that all rows are the same in the same order: single scores repeat by chance.
+    """
     notes = []
     for one in others:
         _, theirs = overlap(inside, one)
-        if theirs and len(theirs) == one.rows:
+        if (theirs and len(theirs) == one.rows) or _same_scores(inside, one):
             raise DataError(f"every image of {one.name} is also in {inside.name}: this is no OOD set")
         if theirs:
             shown = ", ".join(map(str, theirs[:5])) + (", ..." if len(theirs) > 5 else "")
             notes.append(f"{len(theirs)} of {one.rows} images of {one.name} are also in {inside.name} (rows {shown})")
     return notes
+
+
+def _same_scores(inside: Scored, one: Scored) -> bool:
+    names = inside.scores.keys() & one.scores.keys()
+    return bool(names) and all(np.array_equal(inside.scores[name], one.scores[name]) for name in names)
 
 
 @dataclass
@@ -117,28 +130,34 @@ class Ood(RowsCommand):
     """names of sets to mark as far"""
 
     def tables(self) -> list[Table]:
-        if not self.ood:
-            raise OptionError("--ood names no set; expected at least one")
+        self._check_places()
         for place in (self.id, *self.ood):
             check_there(place, self.split)  # before any image is looked at
         models = self.models()
         sets = [read(place, models[0], self.split) for place in (self.id, *self.ood)]
+        same_network(sets)
         inside, outside = sets[0], sets[1:]
         names = [one.name for one in outside]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise OptionError(
+                f"two OOD sets are called {', '.join(twice)}; rename a file or folder: a name tells them apart"
+            )
         for name in (*self.near, *self.far):
             if name not in names:
                 raise OptionError(f"--near or --far names {name!r}; the OOD sets are {', '.join(names)}")
-        notes = check_overlap(inside, outside)
+        shared = [check_overlap(inside, [one]) for one in outside]
         every, more = self.rows(sets, models)
         if not every[0][0]:
             raise DataError("there is no score that all sets have: give score files with the same names, or features")
         wrong, why = mistakes(inside)
         if why is not None:
             more.append(f"no scod: {why}")
+        more += doubtful_labels(inside)
         more += preprocessing_notes(sets)
         made = []
         for k, one in enumerate(outside, start=1):
-            mine = [note for note in notes if f" images of {one.name} are " in note] + unremoved_classes(inside, one)
+            mine = shared[k - 1] + unremoved_classes(inside, one)
             for part in parts_by_class(inside, one):
                 tables = [
                     ood_table(
@@ -154,9 +173,25 @@ class Ood(RowsCommand):
                     for scores in every
                 ]
                 table = tables[0] if len(tables) == 1 else over_seeds(tables)
-                told = (*table.notes, *part.notes, *mine, *more)
-                made.append(Table(table.title, table.metrics, table.cells, told, {**table.about, "set": one.name}))
+                table = table.noted(*part.notes, *mine, *more)
+                made.append(replace(table, about={**table.about, "set": one.name}))
         return made
+
+    def _check_places(self) -> None:
+        """Raises OptionError, before anything is read, for sets that are given twice or not at all."""
+        if not self.ood:
+            raise OptionError("--ood names no set; expected at least one")
+        both = sorted(set(self.near) & set(self.far))
+        if both:
+            raise OptionError(f"{', '.join(both)} cannot be both --near and --far")
+        inside, *outside = (Path(place).expanduser().resolve() for place in (self.id, *self.ood))
+        for place, path in zip(self.ood, outside, strict=True):
+            if path == inside:
+                raise OptionError(
+                    f"--ood {place} is the set of --id: every image of it is in both, so it is no OOD set"
+                )
+            if outside.count(path) > 1:
+                raise OptionError(f"--ood names {place} twice; give each OOD set once")
 
     def run(self) -> None:
         self.show(self.tables())

@@ -11,28 +11,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ..adapters.distributed import check_launch
 from ..adapters.errors import DataError, OptionError
 from .bootstrap import Interval, bootstrap, bootstrap_difference, percentile_interval, resampled_values
-from .command import run_command
+from .command import check_writable, run_command
 from .corruptions import KINDS, SEVERITIES, check_corruption
+from .datasets import check_there
 from .inputs import Scored, not_constant, open_model
 from .metrics import confidence_and_correct, nll_per_image
 from .scaling import fit_scaling
-from .score_rows import REFERENCE, score_all
+from .score_rows import REFERENCE, doubtful_labels, score_all
 from .shift_statistics import AveragedEce, Joined, Means
 from .statistics import Aurc, Ece, Statistic
-from .table import Cell, Table, cell
+from .table import Cell, Table, cell, check_reference
 from .views import ViewsCommand, corrupted, open_rows, scored_source
 
 SOFTMAX = "softmax"
 BINS = 15
+PLOT = ".png"
+"""The plot is written beside the tables, with this ending."""
 NOTES = {
     "mean uncertainty": ("in standard deviations of the clean images' scores, from their mean",),
     "share whose uncertainty rises": ("above the clean image's; an equal score is no rise",),
@@ -116,7 +120,8 @@ def shifted(
     scores = {name: np.stack([one[name] for one in found], axis=1) for name in found[0]}
     label, why = usable_labels(sets[0])
     result = Shifted(source.name, kinds, severities, scores, heads=tuple(getattr(model, "heads", ())))
-    result.notes = (*notes, *([f"no accuracy, NLL, ECE and AURC: {why}"] if label is None else []))
+    doubt = [f"no accuracy, NLL, ECE and AURC: {why}"] if label is None else doubtful_labels(sets[0])
+    result.notes = (*notes, *doubt)
     if label is not None:
         for name, log_p in _log_probabilities(model, sets, held_out).items():
             pairs = [confidence_and_correct(one, label) for one in log_p]
@@ -169,10 +174,12 @@ def shift_tables(
 
     Values are means over kinds; those of every kind are in the JSON. The mean uncertainty is told in standard deviations of
     the clean images' scores from their mean (both are in the JSON and held fixed), so that scores can be compared. AURC is
-    of the backbone's own decisions. Raises DataError for scores that are constant or not finite.
+    of the backbone's own decisions. Raises DataError for scores that are constant or not finite, OptionError for a reference
+    that is none of them (`check_reference`).
     """
     Scored(one.name, {name: u[:, 0] for name, u in one.scores.items()})
     not_constant({name: tuple(u.T) for name, u in one.scores.items()})
+    check_reference(reference, one.scores)
     make = _Maker(one, resamples, seed)
     tables = []
     if one.correct:
@@ -191,7 +198,7 @@ def shift_tables(
     rises = {name: Means(u > u[:, :1]) for name, u in one.scores.items()}
     tables.append(make.table("share whose uncertainty rises", rises, reference=reference, clean=False))
     first, *rest = tables
-    return [Table(first.title, first.metrics, first.cells, (*make.notes, *first.notes), first.about), *rest]
+    return [replace(first, notes=(*make.notes, *first.notes)), *rest]
 
 
 class _Maker:
@@ -306,7 +313,18 @@ class Shift(ViewsCommand):
     rows: int | None = None
     """how many of the images, drawn by the seed; default: all"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output is not None:
+            if self.output.suffix.lower() == PLOT:
+                raise OptionError(
+                    f"--output {self.output} is where the plot would go; give the name of the tables, such as "
+                    f"{self.output.with_suffix('.json')}: the plot is written beside them"
+                )
+            check_writable(self.output.with_suffix(PLOT))
+
     def run(self) -> None:
+        check_there(self.data, self.split)
         model = open_model(self.model, self.checkpoint, self.device)
         source = open_rows(self.data, self.rows, self.seed, self.split)
         train, held_out = self.fitted_on(model)
@@ -315,8 +333,8 @@ class Shift(ViewsCommand):
         )
         tables = shift_tables(one, reference=self.reference, resamples=self.resamples, seed=self.seed)
         self.show(tables)
-        if self.output is not None:
-            draw_shift(self.output.with_suffix(".png"), tables, one.heads)
+        if self.output is not None and check_launch().is_main:
+            draw_shift(self.output.with_suffix(PLOT), tables, one.heads)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -20,10 +21,12 @@ from posthoc import PosthocError
 from posthoc.adapters.store import default_cache_dir
 from posthoc.cli import main
 from posthoc.eval import baselines, metrics
+from posthoc.eval.command import check_writable
 from posthoc.eval.inputs import Scored, from_arrays, overlap, read
 from posthoc.eval.ood import ood_table
 from posthoc.eval.score_rows import score_all
 from posthoc.eval.selective import selective_table
+from posthoc.eval.table import Table
 
 FEW = ["--resamples", "40"]
 
@@ -157,7 +160,7 @@ def test_a_module_is_a_command_too(files, capsys, monkeypatch):
 def test_images_through_an_adapter_a_bare_backbone_and_the_store(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("POSTHOC_CACHE", str(tmp_path / "cache"))  # what other tests store is not seen
     rng = np.random.default_rng(0)
-    for name, level in (("seen", 60), ("unseen", 180)):
+    for name, level in (("seen", 60), ("training", 60), ("unseen", 180)):
         for i in range(24):
             at = tmp_path / name / f"class{i % 2}"
             at.mkdir(parents=True, exist_ok=True)
@@ -167,12 +170,14 @@ def test_images_through_an_adapter_a_bare_backbone_and_the_store(tmp_path, capsy
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_file(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "w.safetensors")
-    seen, unseen, adapter, weights = (str(tmp_path / n) for n in ("seen", "unseen", "adapter", "w.safetensors"))
+    seen, training, unseen, adapter, weights = (
+        str(tmp_path / n) for n in ("seen", "training", "unseen", "adapter", "w.safetensors")
+    )
     main(
         [
             "fit",
             "test_vit",
-            seen,
+            training,
             "--checkpoint",
             weights,
             "--output",
@@ -195,7 +200,7 @@ def test_images_through_an_adapter_a_bare_backbone_and_the_store(tmp_path, capsy
         "--checkpoint",
         weights,
         "--train",
-        seen,
+        training,
         *FEW,
         "--format",
         "json",
@@ -241,7 +246,29 @@ def test_a_score_that_is_the_same_everywhere_ranks_nothing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ood", "--id", "{test}", "--ood", "{test}"], "every image of test is also in test"),
+        (["ood", "--id", "{test}", "--ood", "{test}"], "is the set of --id"),
+        (["ood", "--id", "{test}", "--ood", "{copy}"], "every image of copy is also in test"),
+        (["ood", "--id", "{plain}", "--ood", "{again}"], "every image of again is also in plain"),
+        (["ood", "--id", "{test}", "--ood", "{far}", "{far}"], "far.npz twice; give each OOD set once"),
+        (["ood", "--id", "{test}", "--ood", "{far}", "{folder}/./far.npz"], "far.npz twice; give each OOD set once"),
+        (["ood", "--id", "{test}", "--ood", "{far}", "{folder}/b/far.npz"], "two OOD sets are called far"),
+        (["ood", "--id", "{test}", "--ood", "{far}", "--near", "far", "--far", "far"], "far cannot be both"),
+        (["ood", "--id", "{test}", "--ood", "{narrow}"], "come from different networks (logits [N, 4] and [N, 2])"),
+        (["ood", "--id", "{test}", "--ood", "{far}", "--reference", "kapa"], "'kapa' is none of the scores; Known: "),
+        (["ood", "--id", "{test}", "--ood", "{far}", "--reference", "mien"], "did you mean 'mine'?"),
+        (["selective", "--data", "{test}", "--reference", "mien"], "did you mean 'mine'?"),
+        (["calibration", "--data", "{test}", "--bins", "0"], "expected 1 to 1000"),
+        (["calibration", "--data", "{test}", "--bins", "1001"], "expected 1 to 1000"),
+        (["calibration", "--data", "nowhere.npz", "--seed", "-1"], "--seed -1 was given"),
+        (["calibration", "--data", "nowhere.npz", "--seed", str(2**63)], "2^63 - 1"),
+        (["calibration", "--data", "nowhere.npz", "--output", "{folder}"], "is a folder; expected the name of a file"),
+        (["calibration", "--data", "nowhere.npz", "--output", "."], "is a folder; expected the name of a file"),
+        (["calibration", "--data", "nowhere.npz", "--output", "{test}/x/y.json"], "test.npz is a file, not a folder"),
+        (["calibration", "--data", "nowhere.npz", "--output", "{folder}/" + "x" * 5000], "cannot be written"),
+        (["calibration", "--data", "nowhere.npz", "--device", "gpu"], "--device gpu cannot be used"),
+        (["calibration", "--data", "nowhere.npz", "--device", "meta"], "--device meta cannot be used"),
+        (["shift", "--data", "nowhere", "--model", "x", "--output", "x.png"], "is where the plot would go"),
+        (["shift", "--data", "nowhere", "--model", "x", "--output", "x.PNG"], "is where the plot would go"),
         (["ood", "--id", "{test}", "--ood", "nowhere.npz"], "there is no file nowhere.npz"),
         (["ood", "--id", "{test}", "--ood", "photos"], "give --model"),
         (["ood", "--id", "{test}", "--ood", "{far}", "--near", "fra"], "names 'fra'; the OOD sets are far"),
@@ -251,8 +278,14 @@ def test_a_score_that_is_the_same_everywhere_ranks_nothing():
     ],
 )
 def test_a_request_that_cannot_be_met_is_one_line(files, tmp_path, arguments, message, capsys):
-    np.savez(tmp_path / "plain.npz", score=np.arange(5.0))
-    places = {**files, "plain": str(tmp_path / "plain.npz")}
+    for name in ("plain", "again"):
+        np.savez(tmp_path / f"{name}.npz", score=np.arange(5.0))
+    np.savez(tmp_path / "copy.npz", **arrays())
+    np.savez(tmp_path / "narrow.npz", **{**arrays(seed=5), "logits": np.ones((120, 2), np.float32)})
+    (tmp_path / "b").mkdir()
+    np.savez(tmp_path / "b" / "far.npz", **arrays(seed=6))
+    places = {name: str(tmp_path / f"{name}.npz") for name in ("plain", "again", "copy", "narrow")}
+    places |= {**files, "folder": str(tmp_path)}
     with pytest.raises(SystemExit) as stopped:
         main(["eval", *[word.format(**places) for word in arguments], *FEW])
     assert stopped.value.code == 2
@@ -281,3 +314,48 @@ def test_a_score_only_one_set_has_is_left_out_and_said_so():
     assert "left out v: not every set has it" in notes
     with pytest.raises(PosthocError, match="only one of them has v"):
         ood_table({"u": np.arange(3.0), "v": np.arange(3.0)}, {"u": np.arange(2.0)})
+
+
+def test_a_default_reference_that_is_not_there_is_no_error(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("a", "b")):
+        np.savez(tmp_path / f"{name}.npz", u=rng.normal(size=30) + k, v=rng.normal(size=30) + k)
+    ood = ["eval", "ood", "--id", str(tmp_path / "a.npz"), "--ood", str(tmp_path / "b.npz"), "--format", "json", *FEW]
+    main(ood)
+    (table,) = json.loads(capsys.readouterr().out)
+    assert "minus_reference" not in table["scores"]["u"]["auroc"]
+    main([*ood, "--reference", "v"])
+    (table,) = json.loads(capsys.readouterr().out)
+    assert "minus_reference" in table["scores"]["u"]["auroc"]
+
+
+def test_notes_stay_with_the_set_they_are_of(tmp_path, capsys):
+    """A name within another's name or with the words of a note in it takes no other set's note."""
+    inside = arrays()
+    np.savez(tmp_path / "in.npz", **inside)
+    names = ["b", "bb", "3 of 9 images of b are good"]
+    for k, name in enumerate(names):
+        one = arrays(shift=1.0, seed=2 + k)
+        for key in one:
+            one[key][: k + 1] = inside[key][: k + 1]
+        np.savez(tmp_path / f"{name}.npz", **one)
+    places = [str(tmp_path / f"{name}.npz") for name in names]
+    main(["eval", "ood", "--id", str(tmp_path / "in.npz"), "--ood", *places, "--format", "json", *FEW])
+    for k, table in enumerate(json.loads(capsys.readouterr().out)):
+        shared = [note for note in table["notes"] if "are also in in" in note]
+        assert len(shared) == 1
+        assert shared[0].startswith(f"{k + 1} of 120 images of {names[k]} are also in in")
+
+
+def test_nothing_is_made_before_the_output_is_known_to_be_writable(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "folder" / "x.json")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(PosthocError, match="nothing may be written to"):
+        check_writable(tmp_path / "new" / "x.json")
+
+
+def test_a_table_takes_notes_after_its_own():
+    table = Table("t", ("m",), {}, ("one",), {"rows": 3})
+    assert table.noted("two", "three") == Table("t", ("m",), {}, ("one", "two", "three"), {"rows": 3})
+    assert table.notes == ("one",)
