@@ -20,6 +20,7 @@ from ..adapters.perturbations import CROP_FRACTIONS
 from .arrays import Array, finite
 from .bootstrap import bootstrap_curve
 from .command import run_command
+from .datasets import check_there
 from .inputs import Scored, not_constant, open_model, read
 from .score_rows import REFERENCE, score_all
 from .shift_statistics import Means
@@ -170,6 +171,8 @@ class Ambiguity(ViewsCommand):
     """how many of the images, drawn by the seed; default: all"""
 
     def run(self) -> None:
+        if holds_images(self.data):
+            check_there(self.data, self.split)
         model = open_model(self.model, self.checkpoint, self.device)
         train, held_out = self.fitted_on(model)
         fractions: tuple[float, ...] = ()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..adapters.errors import OptionError, PosthocError
+from ..adapters.distributed import check_launch
+from ..adapters.errors import OptionError, PosthocError, suggest
 from ..adapters.files import replace_file
 from .table import Table, render
 
@@ -53,8 +54,17 @@ class TableCommand:
         if self.output is not None and not self.output_is_folder:
             check_writable(self.output)
 
+    def check_reference(self, tables: Sequence[Table]) -> None:
+        """Raises OptionError for a --reference that is in none of the tables; the default may be, and nothing is compared."""
+        reference, names = getattr(self, "reference", None), {name for table in tables for name in table.cells}
+        default = {field.name: field.default for field in fields(self)}.get("reference")
+        if reference not in (default, *names):
+            raise OptionError(f"--reference {reference!r} is none of the scores; {suggest(str(reference), names)}")
+
     def show(self, tables: Sequence[Table]) -> None:
-        """Print the tables and, if asked, write them as JSON."""
+        """Print the tables and, if asked, write them as JSON; of several processes of a launch the main one alone does."""
+        if not check_launch().is_main:
+            return
         print(render(tables, self.format))
         if self.output is not None:
             content = (render(tables, "json") + "\n").encode()

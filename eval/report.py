@@ -17,6 +17,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from ..adapters.distributed import check_launch
 from ..adapters.errors import OptionError
 from ..adapters.files import replace_file
 from . import report_page
@@ -75,13 +76,16 @@ def write_report(
     told = [{"name": one.name, "role": "ood" if place else "id", "rows": one.rows} for place, one in enumerate(sets)]
     results = Results(tuple(tables), tuple(told), found.figures, seed, resamples, made_now(command))
     html = report_page.page(TITLE, told, sections(results, found))
-    for name, content in zip(FILES, (results.json(), results.markdown(), html), strict=True):
-        replace_file(folder / name, content.encode())
+    if check_launch().is_main:
+        for name, content in zip(FILES, (results.json(), results.markdown(), html), strict=True):
+            replace_file(folder / name, content.encode())
     return results
 
 
 def _folder(output: Path) -> Path:
-    """The folder, made and found writable before any work."""
+    """The folder, made and found writable before any work, by the main process of a launch."""
+    if not check_launch().is_main:
+        return output
     try:
         output.mkdir(parents=True, exist_ok=True)
         replace_file(output / "results.json.try", b"")
@@ -137,6 +141,8 @@ class Report(TableCommand):
             seed=self.seed,
             command=self.words(),
         )
+        if not check_launch().is_main:
+            return
         print(render([table for _, table in results.tables], self.format))
         print(f"{', '.join(FILES)} are in {self.output}", file=sys.stderr)
 

@@ -17,7 +17,7 @@ from .report_figures import drawn_names, figures_of, has_classes
 from .report_images import Strip, can_show, gallery, retrieval_strips
 from .retrieval import embedding_table, retrieve, score_table
 from .scaling import FITS, fit_scaling
-from .score_rows import REFERENCE, mistakes, score_all
+from .score_rows import REFERENCE, doubtful_labels, mistakes, score_all
 from .search import directions
 from .selective import selective_table
 from .table import Table
@@ -64,6 +64,7 @@ def evaluate(
     if wrong is not None and not wrong.any():
         wrong, why = None, f"the classifier is always right on {inside.name}: there is no mistake to find"
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    notes += doubtful_labels(inside)
     tables = []
     seen = preprocessing_notes(sets)
     for one, theirs in zip(sets[1:], scores[1:], strict=True):

@@ -19,7 +19,7 @@ import torch
 from ..adapters.errors import DataError, OptionError
 from .command import TableCommand, run_command
 from .credible_table import credible_table, vote_table
-from .inputs import Scored, not_constant, open_model, overlap, read
+from .inputs import TABLES, Scored, not_constant, open_model, overlap, read
 from .retrieval_statistics import (
     Ausc,
     KnownMeans,
@@ -27,7 +27,7 @@ from .retrieval_statistics import (
     average_precision_at_r,
     label_hits,
 )
-from .score_rows import score_all
+from .score_rows import score_all, trained_rows
 from .search import directions, neighbours
 from .selective_statistics import ExcessAurc, FailureAuroc
 from .statistics import Aurc, Statistic
@@ -246,8 +246,14 @@ class Retrieval(TableCommand):
         self, one: Scored, others: Scored | None, model: Any, found: Retrieved, common: dict[str, Any]
     ) -> list[Table]:
         train = None if self.train is None else read(self.train, model, "train")
-        (scores,), notes = score_all([one], train)
-        theirs = scores if others is None else score_all([others], train)[0][0]
+        if others is None:
+            (scores,), notes = score_all([one], train)
+            theirs = scores
+        elif _same_scores(one, others) and not (train is not None and trained_rows(others, train)):
+            (scores, theirs), notes = score_all([one, others], train)
+        else:  # the gallery lacks what the queries have, or is what kNN and detectors are fitted on: its own scores alone
+            (scores,), notes = score_all([one], train)
+            theirs = score_all([others])[0][0]
         hit = found.hit[found.known]
         if hit.all() or not hit.any():
             return []  # the first table shows a recall of 1 or 0: no score can tell
@@ -310,6 +316,12 @@ def _copies(one: Scored, others: Scored) -> list[str]:
         if shared
         else []
     )
+
+
+def _same_scores(one: Scored, others: Scored) -> bool:
+    """Whether the gallery has every score and table of the queries."""
+    tables = all(getattr(one, key) is None or getattr(others, key) is not None for key in TABLES)
+    return tables and set(one.scores) <= set(others.scores)
 
 
 def _equal(query: np.ndarray, gallery: np.ndarray, found: Retrieved) -> list[str]:

@@ -15,10 +15,12 @@ import numpy as np
 from ..adapters.errors import BackboneError, DataError, OptionError
 from ..adapters.features import Features
 from ..adapters.files import CONFIG_NAME
+from ..adapters.source_base import Source
+from ..adapters.store import read_manifest
 from . import augmentation, baselines
 from .command import TableCommand
 from .detectors import Training, ensemble, fit_detectors, last_layer
-from .inputs import Scored, head_scores, open_model, overlap, read
+from .inputs import Scored, head_scores, open_model, overlap, read, same_network
 from .live_detectors import check_live, live_scores
 from .scaling import fit_scaling
 from .tuning import methods, tune
@@ -45,14 +47,20 @@ def score_all(
         live: detectors that run the network on the images (`live_detectors.LIVE`).
         tuned: adds a row for each setting chosen on `held_out` (`tuning`).
 
-    A score that one set cannot have is left out everywhere, and noted. Raises DataError where scored images or training
-    images are among the held-out ones, OptionError for `tuned` without `held_out`.
+    A score that one set cannot have is left out everywhere, and noted; so is a set that the heads were fitted on. Raises
+    DataError where scored, training and held-out images are not apart or features are of several networks, OptionError for
+    `tuned` without `held_out`.
     """
     check_live(live)
     if tuned and held_out is None:
         raise OptionError("--tune needs --held-out: labelled ID images that settings are chosen on")
+    same_network([*sets, train, held_out])
     _check_apart(sets, train, held_out)
-    found, notes = [dict(one.scores) for one in sets], []
+    found = [dict(one.scores) for one in sets]
+    notes = [
+        f"the heads were fitted on these very images of {name}: their scores are too good"
+        for name in dict.fromkeys(one.name for one in sets if seen_by_heads(one.model, one.features))
+    ]
     for scores, one in zip(found, sets, strict=True):
         scores.update(ensemble_of_heads(one.model, one.scores))
         if one.logits is not None:
@@ -111,7 +119,52 @@ def mistakes(one: Scored) -> tuple[np.ndarray | None, str | None]:
     return ~one.correct, None
 
 
+def doubtful_labels(one: Scored) -> list[str]:
+    """A note where a set's labels fit the classifier so badly that they may be of other classes: else none.
+
+    They do where they cover fewer classes than the classifier has and it is right for less than twice the share of the
+    commonest label (at most half the images).
+    """
+    if one.correct is None or one.label is None or one.logits is None or one.label.ndim != 1:
+        return []
+    counts, classes = np.unique(one.label, return_counts=True)[1], one.logits.shape[1]
+    accuracy = one.correct.mean()
+    if len(counts) >= classes or accuracy >= min(2 * counts.max() / one.rows, 0.5):
+        return []
+    return [
+        f"the classifier is right for {accuracy:.1%} of {one.name}, whose labels are of {len(counts)} of its {classes} classes: "
+        "are these labels the classifier's classes?"
+    ]
+
+
+def seen_by_heads(model: Any, images: Features | Source | None) -> bool:
+    """Whether the heads of a fitted model were fitted on some of these images, by the fingerprint of the whole data set.
+
+    Where heads were fitted on some rows of a data set and others are asked about, only numbers tell: it is so if both
+    together are more than there are.
+    """
+    told = getattr(model, "fitted_on", {}).get("data", {})
+    if images is None or told.get("fingerprint") is None:
+        return False
+    source = images.source if isinstance(images, Features) else images
+    if source is not None:
+        source = getattr(source, "taken_from", None) or source
+        fingerprint, rows = source.fingerprint(), source.length
+    else:
+        assert isinstance(images, Features)
+        manifest = {} if images.folder is None else read_manifest(images.folder) or {}
+        fingerprint, rows = manifest.get("data", {}).get("fingerprint"), manifest.get("rows")
+    return fingerprint == told["fingerprint"] and (rows is None or told["rows"] + len(images) > rows)
+
+
 def _check_apart(sets: Sequence[Scored], train: Scored | None, held_out: Scored | None) -> None:
+    for one in sets:
+        shared = [] if train is None else trained_rows(one, train)
+        if train is not None and shared:
+            raise DataError(
+                f"{len(shared)} of {one.rows} images of {one.name} are among the training images of {train.name} (first: row "
+                f"{shared[0]} of {one.name}): give training images that are not scored"
+            )
     if held_out is None:
         return
     for one, why in [*((one, "scored") for one in sets), *([] if train is None else [(train, "trained on")])]:
@@ -121,6 +174,24 @@ def _check_apart(sets: Sequence[Scored], train: Scored | None, held_out: Scored 
                 f"{len(shared)} images of --held-out {held_out.name} are also in {one.name} (first: row {shared[0]}): images "
                 f"that are {why} cannot be held out"
             )
+
+
+def trained_rows(one: Scored, train: Scored) -> list[int]:
+    """Rows of a set whose image is among the training images, by content, pixels, or else embedding.
+
+    Embeddings tell images only where they are not one number throughout, as those of a dead layer are; logits never do.
+    """
+    for kind in ("content", "pixels"):
+        mine, theirs = one.keys(kind), train.keys(kind)
+        if mine is not None and theirs is not None:
+            known = set(theirs)
+            return [row for row, key in enumerate(mine) if key in known]
+    mine, theirs = one.keys("embedding"), train.keys("embedding")
+    if mine is None or theirs is None or one.embedding is None:
+        return []
+    known = set(theirs)
+    flat = one.embedding.min(1) == one.embedding.max(1)
+    return [row for row, key in enumerate(mine) if key in known and not flat[row]]
 
 
 def _scaled(found: list[dict[str, np.ndarray]], sets: Sequence[Scored], held_out: Scored | None) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from ..adapters.errors import DataError
 from .command import run_command
 from .inputs import Scored, not_constant, read
-from .score_rows import REFERENCE, RowsCommand, mistakes
+from .score_rows import REFERENCE, RowsCommand, doubtful_labels, mistakes
 from .selective_statistics import AccuracyAtCoverage, Augrc, ExcessAurc, FailureAuroc
 from .statistics import Aurc
 from .table import Table, fill, over_seeds
@@ -74,6 +74,7 @@ class Selective(RowsCommand):
         if wrong is None:
             raise DataError(str(why))
         every, notes = self.rows([one], models)
+        notes += doubtful_labels(one)
         tables = [
             selective_table(
                 scores, wrong, name=one.name, reference=self.reference, resamples=self.resamples, seed=self.seed

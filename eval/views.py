@@ -23,7 +23,7 @@ from ..adapters.source_loader import load_image
 from ..adapters.store import MANIFEST
 from .command import TableCommand
 from .corruptions import VERSION, corrupt
-from .datasets import SETS, open_named
+from .datasets import is_named, open_named
 from .inputs import Scored, from_features, read
 from .score_rows import REFERENCE
 
@@ -46,6 +46,8 @@ class AlteredSource(Source):
         self.rows = np.arange(inner.length) if rows is None else np.asarray(rows, np.int64)
         self.kind, self.name, self.split = f"altered {inner.kind}", f"{inner.name} ({key})", inner.split
         self.length, self.num_workers = len(self.rows), inner.num_workers
+        self.taken_from = inner if change is None else None
+        """The source that these images are some of, unaltered; None: they are altered."""
 
     def item(self, row: int) -> Item:
         item = self.inner.item(int(self.rows[row]))
@@ -81,16 +83,12 @@ def open_rows(data: Any, rows: int | None = None, seed: int = 0, split: str = "t
     """
     if rows is not None and rows < 1:
         raise OptionError(f"rows={rows} was given; expected at least 1")
-    source = _open(data, split)
+    named = isinstance(data, str) and is_named(data)
+    source = open_named(data, split) if named else open_source(data, split)
     if source.length is None or rows is None or rows >= source.length:
         return source
     chosen = np.sort(np.random.default_rng(seed).permutation(source.length)[:rows])
     return AlteredSource(source, None, f"{rows} rows of seed {seed}", chosen)
-
-
-def _open(data: Any, split: str) -> Source:
-    named = isinstance(data, str) and data in SETS and not Path(data).exists()
-    return open_named(data, split) if named else open_source(data, split)
 
 
 def corrupted(source: Source, kind: str, severity: int, seed: int = 0) -> Source:

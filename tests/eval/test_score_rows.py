@@ -41,7 +41,9 @@ def world(n=200, seed=0, shift=0.0, name="test"):
     return Scored(name, {}, label, logits=(f @ weight.T).astype(np.float32), embedding=f, penultimate=f)
 
 
-TEST, TRAIN, HELD, FAR = world(), world(seed=1, name="train"), world(seed=2, name="held"), world(seed=3, shift=1)
+TEST, TRAIN, HELD, FAR = (
+    world(), world(seed=1, name="train"), world(seed=2, name="held"), world(seed=3, shift=1, name="far"),
+)  # fmt: skip
 
 
 def test_the_temperature_is_that_of_the_held_out_rows_alone():
@@ -62,6 +64,8 @@ def test_the_temperature_is_that_of_the_held_out_rows_alone():
     [
         ({"held_out": TEST}, "200 images of --held-out test are also in test.*scored"),
         ({"held_out": TRAIN, "train": TRAIN}, "trained on"),
+        ({"train": TEST}, r"200 of 200 images of test are among the training images of test \(first: row 0 of test\)"),
+        ({"train": FAR}, "200 of 200 images of far are among the training images of far.*that are not scored"),
         ({"tuned": True}, "--tune needs --held-out"),
         ({"held_out": Scored("x", {"u": np.arange(3.0)})}, "x has no label"),
         ({"held_out": world(20, 7, 0.0, "sure"), "tuned": True}, None),
@@ -113,7 +117,8 @@ def test_stored_views_give_augmented_rows():
         assert np.array_equal(scores["entropy, augmented"], augmentation.entropy_of_mean(views.logits))
         assert np.array_equal(scores["mutual information, augmented"], augmentation.mutual_information(views.logits))
         assert np.array_equal(scores["embedding spread, augmented"], augmentation.embedding_spread(views.embedding))
-    (alone, _), _ = score_all([sets[0], world()])
+    plain = Features.from_arrays(rng.normal(size=(20, 5)), logits=rng.normal(size=(20, 4)))
+    (alone, _), _ = score_all([sets[0], from_features("plain", plain)])
     assert "entropy, augmented" not in alone
 
 
