@@ -63,6 +63,7 @@ class TableCommand:
 
     def show(self, tables: Sequence[Table]) -> None:
         """Print the tables and, if asked, write them as JSON; of several processes of a launch the main one alone does."""
+        self.check_reference(tables)
         if not check_launch().is_main:
             return
         print(render(tables, self.format))

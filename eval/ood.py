@@ -20,7 +20,7 @@ from ..adapters.errors import DataError, OptionError
 from .command import run_command
 from .dataset_notes import parts_by_class, preprocessing_notes, unremoved_classes
 from .datasets import check_there
-from .inputs import Scored, not_constant, overlap, read, same_network
+from .inputs import TABLES, Scored, not_constant, overlap, read, same_network
 from .ood_statistics import OodMetrics, ScodAurc, ScodAuroc
 from .score_rows import REFERENCE, RowsCommand, doubtful_labels, mistakes
 from .table import Table, fill, over_seeds
@@ -44,11 +44,10 @@ def ood_table(
     Args:
         kind: "near" or "far", printed in the title.
         wrong: bool [N], the classifier's mistakes on the ID images: adds the SCOD columns.
-        reference: the score that paired differences are taken from; None: no differences.
+        reference: the score that paired differences are taken from; None, or one that is not there: no differences.
 
     ID and OOD rows are resampled separately, the same rows for every score. Raises DataError for scores that only one of
-    the two has, of different length, not finite (naming the rows), or the same everywhere, OptionError for a reference that is
-    none of them (`table.check_reference`).
+    the two has, of different length, not finite (naming the rows), or the same everywhere.
     """
     if set(inside) != set(outside) or not inside:
         odd = ", ".join(sorted(set(inside) ^ set(outside))) or "none at all"
@@ -81,7 +80,7 @@ def ood_table(
             metrics = (*metrics, metric)
         about["id_errors"] = int(np.sum(wrong))
         notes.append(
-            f"scod: {about['id_errors']} mistakes (accuracy {np.mean(a.correct):.4f}) and {b.rows} OOD images are to be rejected "
+            f"scod: {about['id_errors']} mistakes (accuracy {1 - np.mean(wrong):.4f}) and {b.rows} OOD images are to be rejected "
             "together"
         )
     title = f"{name} ({kind} OOD)" if kind else name
@@ -109,6 +108,9 @@ def check_overlap(inside: Scored, others: Sequence[Scored]) -> list[str]:
 
 
 def _same_scores(inside: Scored, one: Scored) -> bool:
+    """Whether two sets that share nothing but scores have the same in all rows."""
+    if any(getattr(inside, key) is not None and getattr(one, key) is not None for key in ("content", *TABLES)):
+        return False
     names = inside.scores.keys() & one.scores.keys()
     return bool(names) and all(np.array_equal(inside.scores[name], one.scores[name]) for name in names)
 

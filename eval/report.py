@@ -141,6 +141,8 @@ class Report(TableCommand):
             seed=self.seed,
             command=self.words(),
         )
+        if self.id is not None:
+            self.check_reference([table for _, table in results.tables])
         if not check_launch().is_main:
             return
         print(render([table for _, table in results.tables], self.format))

@@ -30,7 +30,7 @@ from .scaling import fit_scaling
 from .score_rows import REFERENCE, doubtful_labels, score_all
 from .shift_statistics import AveragedEce, Joined, Means
 from .statistics import Aurc, Ece, Statistic
-from .table import Cell, Table, cell, check_reference
+from .table import Cell, Table, cell
 from .views import ViewsCommand, corrupted, open_rows, scored_source
 
 SOFTMAX = "softmax"
@@ -174,12 +174,10 @@ def shift_tables(
 
     Values are means over kinds; those of every kind are in the JSON. The mean uncertainty is told in standard deviations of
     the clean images' scores from their mean (both are in the JSON and held fixed), so that scores can be compared. AURC is
-    of the backbone's own decisions. Raises DataError for scores that are constant or not finite, OptionError for a reference
-    that is none of them (`check_reference`).
+    of the backbone's own decisions. Raises DataError for scores that are constant or not finite.
     """
     Scored(one.name, {name: u[:, 0] for name, u in one.scores.items()})
     not_constant({name: tuple(u.T) for name, u in one.scores.items()})
-    check_reference(reference, one.scores)
     make = _Maker(one, resamples, seed)
     tables = []
     if one.correct:

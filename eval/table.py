@@ -7,18 +7,15 @@ of 0; a difference inside its interval is no difference.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from ..adapters.errors import DataError, OptionError, suggest
+from ..adapters.errors import DataError, OptionError
 from .bootstrap import Interval, percentile_interval, resampled_values
 from .statistics import Statistic
-
-OPTIONAL = ("max-softmax", "distance", "linear", "LAC", "softmax")
-"""References that the commands have by default: where the score is not there, nothing is compared."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +79,9 @@ def fill(
 ) -> dict[str, dict[str, Cell]]:
     """Cells of statistics with one value for each of `names`, all counted on the same resampled rows.
 
-    `lower`: those of `names` that are better lower. `reference`: the score the others are compared with (see
-    `check_reference`). Raises DataError for scores with different rows, and when a metric is not defined on them.
+    `lower`: those of `names` that are better lower. `reference`: the score the others are compared with, if it is there.
+    Raises DataError for scores with different rows, and when a metric is not defined on them.
     """
-    check_reference(reference, statistics)
     if len({one.sizes for one in statistics.values()}) > 1:
         rows = ", ".join(f"{name} {one.sizes}" for name, one in statistics.items())
         raise DataError(f"every score must have the same rows: {rows}")
@@ -101,13 +97,6 @@ def fill(
                 minus = percentile_interval(value[name][k] - value[reference][k], gap)
             cells[name][metric] = cell(percentile_interval(value[name][k], drawn[name][:, k]), minus, metric in lower)
     return cells
-
-
-def check_reference(reference: str | None, names: Iterable[str]) -> None:
-    """Raises OptionError for a reference that is none of the scores; one of `OPTIONAL` may be missing."""
-    names = list(names)
-    if reference is not None and reference not in (*OPTIONAL, *names):
-        raise OptionError(f"--reference {reference!r} is none of the scores; {suggest(reference, names)}")
 
 
 def cell(value: Interval, minus: Interval | None, lower: bool) -> Cell:

@@ -257,6 +257,7 @@ def test_a_score_that_is_the_same_everywhere_ranks_nothing():
         (["ood", "--id", "{test}", "--ood", "{far}", "--reference", "kapa"], "'kapa' is none of the scores; Known: "),
         (["ood", "--id", "{test}", "--ood", "{far}", "--reference", "mien"], "did you mean 'mine'?"),
         (["selective", "--data", "{test}", "--reference", "mien"], "did you mean 'mine'?"),
+        (["report", "--id", "{test}", "--output", "{folder}/r", "--reference", "mien"], "did you mean 'mine'?"),
         (["calibration", "--data", "{test}", "--bins", "0"], "expected 1 to 1000"),
         (["calibration", "--data", "{test}", "--bins", "1001"], "expected 1 to 1000"),
         (["calibration", "--data", "nowhere.npz", "--seed", "-1"], "--seed -1 was given"),
@@ -324,6 +325,9 @@ def test_a_default_reference_that_is_not_there_is_no_error(tmp_path, capsys):
     main(ood)
     (table,) = json.loads(capsys.readouterr().out)
     assert "minus_reference" not in table["scores"]["u"]["auroc"]
+    with pytest.raises(SystemExit):
+        main([*ood, "--reference", "distance"])  # the default of another command
+    assert "'distance' is none of the scores; Known: u, v." in capsys.readouterr().err
     main([*ood, "--reference", "v"])
     (table,) = json.loads(capsys.readouterr().out)
     assert "minus_reference" in table["scores"]["u"]["auroc"]
