@@ -55,13 +55,29 @@ METRICS = {
     "lam_map_at_10": Words("LAM's mAP@10", "higher", "mAP@10 where a query without an image of its class counts as 1"),
     "missed": Words("missed", "lower", "the share of a query's images of its class that lie outside its set"),
     "none": Words("none inside", "lower", "the share of queries whose set holds no image of their class"),
-    "size": Words("set size", "lower", "the images in a query's set"),
+    "size": Words("set size", "lower", "the classes in an image's set, or the images in a query's"),
     "share_of_gallery": Words("share of gallery", "lower", "the same as a share of all images that are searched"),
-    "empty": Words("empty", "lower", "the share of queries whose set is empty"),
+    "empty": Words("empty", "lower", "the share of images or queries whose set is empty"),
     "everything": Words("everything", "lower", "the share of queries whose set holds every image"),
+    "coverage": Words(
+        "coverage", "", "the share of images whose true class is in their set; near the promise is right"
+    ),
+    "single": Words("single", "higher", "the share of images whose set is one class"),
+    "worst_class_coverage": Words("worst class", "", "the coverage of the class that is covered least"),
+    "mean_class_coverage": Words("mean over classes", "", "the coverage of each class, averaged over classes"),
+    "crop_spearman": Words(
+        "crop Spearman", "higher", "the rank correlation of the score with how much is cropped away"
+    ),
+    "crop_less_certain": Words("crops less certain", "higher", "the share of crops that score above their whole image"),
+    "human_spearman": Words(
+        "human Spearman", "higher", "the rank correlation of the score with the entropy of people's votes"
+    ),
+    "confidence": Words("share of votes", "", "the mean share of draws that vote for the label with most votes"),
+    "vote_ece": Words("vote ECE", "lower", "the mean gap between a label's share of votes and how often it is right"),
 }
 PREFIXES = {
     "accuracy_at_": ("accuracy at ", "higher", "the accuracy of that share of images, the most certain ones"),
+    "top_": ("top ", "higher", "the share of images whose class is among that many likeliest ones"),
     "recall_at_": ("recall@", "higher", "the share of queries with an image of their class among that many neighbours"),
     "map_at_": ("mAP@", "higher", "the mean average precision among that many neighbours"),
 }
