@@ -57,6 +57,24 @@ def linear_r2(representation: Array, latent: Array, *, fitted: Array | None = No
     return float(score.r2_score(z[scored], model.predict(h[scored])))
 
 
+def orthogonal_alignment(source: Array, target: Array) -> np.ndarray:
+    """The orthogonal matrix Q, float64 [D, D], that brings `source @ Q` nearest to `target` in least squares.
+
+    source, target: [N, D], the same images in two frames, such as learned mean directions and true ones; a reflection is
+    allowed. Fit it on rows that are not judged afterwards. Raises DataError for shapes, for numbers that are not finite,
+    and where rows span too few dimensions for one answer. Schönemann, Psychometrika 1966.
+    """
+    a, b = _pair(source, target)
+    if a.shape != b.shape:
+        raise DataError(
+            f"source {a.shape} and target {b.shape} must have the same dimensions to be turned onto each other"
+        )
+    left, size, right = np.linalg.svd(a.T @ b)
+    if size[-1] <= 1e-12 * size[0]:
+        raise DataError(f"{len(a)} rows span fewer than {a.shape[1]} dimensions: give more to find one alignment")
+    return left @ right
+
+
 def random_half(rows: int, generator: np.random.Generator) -> np.ndarray:
     """A random half of the rows, bool [N], for `linear_r2`'s `fitted`."""
     return generator.permutation(rows) < rows // 2

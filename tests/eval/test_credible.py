@@ -7,12 +7,14 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import orthogonal_procrustes
 
 from posthoc.adapters.errors import DataError, OptionError
 from posthoc.adapters.vmf import VonMisesFisher
 from posthoc.eval import credible
 from posthoc.eval.caps import cap_cosine, convolved_concentration
 from posthoc.eval.credible import CredibleSets
+from posthoc.eval.identifiability import orthogonal_alignment
 from posthoc.eval.risk_control import calibrated_radius
 
 
@@ -81,6 +83,46 @@ def test_nominal_sets_hold_the_image_of_the_same_latent(dim: int, uncertain: boo
     assert summary["coverage"] == pytest.approx(0.9, abs=0.01 + 3 * (0.09 / n) ** 0.5)
     assert summary["share_of_gallery"] < 0.6
     assert summary["none"] == summary["missed"]  # one true neighbour each
+
+
+@pytest.mark.parametrize("dim", [3, 10, 64])
+def test_learned_posteriors_are_nominal_after_an_alignment_on_other_rows(dim: int) -> None:
+    """Posteriors found up to an orthogonal map: it is fitted on some rows (150 for each dimension, for its own error widens
+    what caps have to hold), coverage is counted on others."""
+    generator, n = torch.Generator().manual_seed(dim), 150 * dim + 800
+    mu = torch.nn.functional.normalize(torch.randn(n, dim, dtype=torch.float64, generator=generator), dim=1)
+    kappa = (20 + 60 * torch.rand(n, dtype=torch.float64, generator=generator)) * dim / 3
+    latent = VonMisesFisher(mu, kappa).sample(generator=generator).numpy()
+    turn = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator)).Q
+    learned = (mu @ turn).numpy()  # the right concentration, in a frame of its own
+    fitted = np.random.default_rng(dim).permutation(n) >= 800
+    back = orthogonal_alignment(learned[fitted], latent[fitted])
+    np.testing.assert_allclose(back @ back.T, np.eye(dim), atol=1e-12)
+    judged, rows = ~fitted, np.arange(int((~fitted).sum()))
+    sets = CredibleSets(latent[judged], rows, alpha=0.05)
+    found = {
+        name: sets.evaluate(mean[judged], kappa.numpy()[judged], rows).summary()["coverage"]
+        for name, mean in {"aligned": learned @ back, "as learned": learned, "true": mu.numpy()}.items()
+    }
+    tolerance = 3 * (0.05 * 0.95 / len(rows)) ** 0.5
+    assert found["aligned"] == pytest.approx(0.95, abs=tolerance)
+    assert found["true"] == pytest.approx(0.95, abs=tolerance)
+    assert found["as learned"] < 0.5
+
+
+def test_the_alignment_is_scipys_and_undoes_a_reflection() -> None:
+    rng = np.random.default_rng(0)
+    a, noise = rng.normal(size=(50, 4)), 0.1 * rng.normal(size=(50, 4))
+    turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    turn[0] *= -np.sign(np.linalg.det(turn))  # a reflection
+    np.testing.assert_allclose(orthogonal_alignment(a, a @ turn), turn, atol=1e-12)
+    np.testing.assert_allclose(
+        orthogonal_alignment(a, a @ turn + noise), orthogonal_procrustes(a, a @ turn + noise)[0], atol=1e-12
+    )
+    with pytest.raises(DataError, match="same dimensions"):
+        orthogonal_alignment(a, a[:, :3])
+    with pytest.raises(DataError, match="3 rows span fewer than 4"):
+        orthogonal_alignment(a[:3], a[:3])
 
 
 @pytest.mark.parametrize(("loss", "mode"), [("missed", "conformal"), ("none", "pac")])
