@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,20 @@ from safetensors.torch import save_file
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import roc_auc_score
+from torch import nn
+from torchvision import transforms
 
 import posthoc
 from posthoc import PosthocError
 from posthoc.adapters.backbone import build_backbone
 from posthoc.adapters.features import Features
 from posthoc.cli import main
-from posthoc.eval import augmentation, baselines
+from posthoc.eval import augmentation, baselines, score_rows
 from posthoc.eval.inputs import Scored, from_features
-from posthoc.eval.score_rows import mistakes, score_all
+from posthoc.eval.score_rows import doubtful_labels, mistakes, score_all, seen_by_heads, trained_rows
 from posthoc.eval.table import Table, cell, over_seeds
 from posthoc.eval.tuning import KNN, choose, methods
+from posthoc.eval.views import cropped, open_rows
 
 FEW = ["--resamples", "20", "--format", "json"]
 
@@ -78,6 +82,94 @@ def test_held_out_rows_are_neither_scored_nor_trained_on(options, message):
         message = "no mistake on sure"
     with pytest.raises(PosthocError, match=message):
         score_all([TEST, FAR], **options)
+
+
+def with_content(one: Scored, content: list[str]) -> Scored:
+    return replace(one, content=np.array(content))
+
+
+def test_what_tells_that_a_scored_image_was_trained_on():
+    some = replace(FAR, embedding=np.r_[FAR.embedding[:197], TRAIN.embedding[:3]])
+    with pytest.raises(PosthocError, match=r"3 of 200 images of far .* of train \(first: row 197 of far\)"):
+        score_all([TEST, some], TRAIN)
+    names = [f"{i}.png" for i in range(400)]
+    apart = [with_content(some, names[:200]), with_content(TRAIN, names[200:])]
+    score_all(apart[:1], apart[1])  # different files that the network tells nothing apart of
+    with pytest.raises(PosthocError, match="1 of 200 images of far"):
+        score_all(apart[:1], with_content(TRAIN, names[199:399]))
+    # a dead layer gives every image the same row, and logits may be equal by chance
+    dead = [np.zeros_like(one.embedding) for one in (TEST, TRAIN)]
+    assert trained_rows(replace(TEST, embedding=dead[0]), replace(TRAIN, embedding=dead[1])) == []
+    assert trained_rows(replace(TEST, embedding=None), replace(TEST, embedding=None)) == []
+
+
+def test_heads_on_the_images_they_were_fitted_on_are_told(tmp_path):
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3))
+    backbone = build_backbone(network, transform=transforms.Compose([transforms.Resize(8), transforms.ToTensor()]))
+    images = np.random.default_rng(0).integers(0, 255, (60, 8, 8, 3), dtype=np.uint8)
+    images[np.arange(60), :, :, np.arange(60) % 3] //= 3
+    every = backbone.extract((images, np.arange(60) % 3), cache_dir=tmp_path, progress=False)
+    half = np.arange(60) < 30
+    told = "the heads were fitted on these very images of it: their scores are too good"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so few images teach little, and the fit says so
+        model = posthoc.wrap(backbone, "loss").fit(every, epochs=1)
+        other = posthoc.wrap(backbone, "loss").fit(every[half], epochs=1)
+    for features in (every, Features.load(every.folder), every[half]):
+        assert told in score_all([from_features("it", features, model)])[1]
+    assert told in score_all([from_features("it", every, other)])[1]  # more than the half it did not see
+    assert told not in score_all([from_features("it", every[~half], other)])[1]
+    fresh = backbone.extract((255 - images, np.arange(60) % 3), cache_dir=tmp_path, progress=False)
+    assert told not in score_all([from_features("it", fresh, model)])[1]
+    rows = open_rows((images, np.arange(60) % 3), 20)
+    assert seen_by_heads(model, rows)
+    assert not seen_by_heads(model, cropped(rows, 0.5))
+    assert not seen_by_heads(backbone, every)
+
+
+def test_labels_that_may_be_of_other_classes_are_doubted(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(200, 10))
+    label = np.arange(200) % 4
+    doubted = Scored("odd", {}, label, logits=logits)
+    accuracy = (logits.argmax(1) == label).mean()
+    (note,) = doubtful_labels(doubted)
+    assert note == (
+        f"the classifier is right for {accuracy:.1%} of odd, whose labels are of 4 of its 10 classes: are these labels the "
+        "classifier's classes?"
+    )
+    right = logits + 9 * np.eye(10)[label]
+    assert doubtful_labels(Scored("some", {}, label, logits=right)) == []  # four classes of ten, well told
+    assert doubtful_labels(Scored("all", {}, np.arange(200) % 10, logits=logits)) == []  # bad, but of all classes
+    for name, values in (("odd", label), ("out", None)):
+        more = {} if values is None else {"label": values}
+        np.savez(tmp_path / f"{name}.npz", logits=logits if more else rng.normal(size=(50, 10)) / 2, **more)
+    main(["eval", "ood", "--id", str(tmp_path / "odd.npz"), "--ood", str(tmp_path / "out.npz"), *FEW])
+    (table,) = json.loads(capsys.readouterr().out)
+    assert note in table["notes"]
+    assert any(f"mistakes (accuracy {accuracy:.4f})" in one for one in table["notes"])
+    main(["eval", "selective", "--data", str(tmp_path / "odd.npz"), *FEW])
+    (table,) = json.loads(capsys.readouterr().out)
+    assert note in table["notes"]
+
+
+def test_retrieval_fits_the_detectors_once_for_queries_and_gallery(tmp_path, capsys, monkeypatch):
+    fits = []
+    fit = score_rows.fit_detectors
+    monkeypatch.setattr(score_rows, "fit_detectors", lambda training: fits.append(1) or fit(training))
+    for one in (TEST, TRAIN, HELD):
+        tables = {"logits": one.logits, "embedding": one.embedding, "penultimate": one.penultimate}
+        np.savez(tmp_path / f"{one.name}.npz", label=one.label, **tables)
+    places = {name: str(tmp_path / f"{name}.npz") for name in ("test", "train", "held")}
+    for gallery in ("held", "train"):
+        words = ["--data", places["test"], "--gallery", places[gallery], "--train", places["train"]]
+        main(["eval", "retrieval", *words, *FEW])
+        _, table = json.loads(capsys.readouterr().out)
+        both = {name for name, row in table["scores"].items() if "lam_ausc" in row}
+        assert ("ViM" in both) == (gallery == "held")  # what is fitted on the gallery does not score it
+        assert "max-softmax" in both
+        assert "r_auroc" in table["scores"]["ViM"]
+    assert len(fits) == 2
 
 
 def test_settings_are_the_best_of_their_grid_on_the_mistakes_and_no_scored_row_matters():

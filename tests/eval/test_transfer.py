@@ -18,6 +18,8 @@ from posthoc import PosthocError
 from posthoc.adapters.backbone import build_backbone
 from posthoc.cli import main
 from posthoc.eval.bootstrap import bootstrap, resampled_counts
+from posthoc.eval.retrieval import retrieve, score_table
+from posthoc.eval.search import directions
 from posthoc.eval.statistics import Mean
 from posthoc.eval.transfer import nearest_hits, transfer_table
 
@@ -33,9 +35,9 @@ def some(n=120, classes=12, seed=0):
 
 def test_golden_r_auroc_and_recall(shared: Path):
     golden = np.load(shared / "golden/mcinfonce/metrics_retrieval.npz")
-    hits, alone = nearest_hits(golden["embeddings"], golden["labels"])
+    hits, known = nearest_hits(golden["embeddings"], golden["labels"])
     np.testing.assert_array_equal(hits, golden["nn_correct"].astype(bool))
-    assert alone == 0
+    assert known.all()
     score = {"1/confidence": 1 / golden["confidence"]}
     table = transfer_table(
         score, golden["embeddings"], golden["labels"], votes=golden["soft_labels"], reference=None, resamples=20
@@ -101,16 +103,24 @@ def test_the_random_score_is_seeded_and_has_crops_of_its_own():
     assert list(tables[0].cells) == ["max-softmax", "head", "random"]
 
 
-def test_images_alone_in_their_class_are_misses_and_counted():
+def test_images_alone_in_their_class_take_no_part_as_in_retrieval():
     embedding, label, scores = some()
     label = label.copy()
-    label[0] = 99
-    hits, alone = nearest_hits(embedding, label)
-    assert alone == 1
-    assert not hits[0]
-    assert "1 images are alone in their class" in transfer_table(scores, embedding, label, resamples=10).notes[1]
-    soft = np.eye(100)[label]
-    np.testing.assert_array_equal(nearest_hits(embedding, soft)[0], hits)
+    label[:7] = np.arange(99, 106)
+    hits, known = nearest_hits(embedding, label)
+    assert np.array_equal(np.flatnonzero(~known), np.arange(7))
+    assert not hits[:7].any()
+    table = transfer_table(scores, embedding, label, resamples=10)
+    assert "7 images alone in their class are left out of it and of r_auroc" in table.notes[1]
+    found = retrieve(directions("embedding", embedding), label)
+    theirs = score_table(scores, found, reference="max-softmax", resamples=10)
+    for name, u in scores.items():
+        value = table.cells[name]["r_auroc"].value.value
+        assert value == pytest.approx(roc_auc_score(hits[7:], -u[7:]))
+        assert value == theirs.cells[name]["r_auroc"].value.value
+    assert table.about["recall_at_1"]["value"] == pytest.approx(hits[7:].mean())
+    soft = np.eye(106)[label]
+    np.testing.assert_array_equal(nearest_hits(embedding, soft), (hits, known))
 
 
 def test_what_tells_nothing_is_refused():
@@ -137,7 +147,9 @@ def test_the_command_on_images_and_stored_features(tmp_path, capsys, monkeypatch
         images[np.arange(n), :, :, np.arange(n) % 3] += rng.integers(0, 30, n)[:, None, None]
         return images.astype(np.uint8), np.arange(n) % 3
 
-    model = posthoc.wrap(backbone, "loss").fit(pictures(60), epochs=2, validation=0.3)
+    training = pictures(60)
+    seen = backbone.extract(training, cache_dir=tmp_path / "store", progress=False)
+    model = posthoc.wrap(backbone, "loss").fit(training, epochs=2, validation=0.3)
     images, label = pictures(30)
     for i, image in enumerate(images):
         at = tmp_path / "photos" / f"class{label[i]}"
@@ -162,11 +174,15 @@ def test_the_command_on_images_and_stored_features(tmp_path, capsys, monkeypatch
     assert features["scores"]["loss"]["r_auroc"]["value"] == pytest.approx(roc_auc_score(~hits, u))
     human = spearmanr(u, entropy(votes, axis=1)).statistic
     assert photos["scores"]["loss"]["human_spearman"]["value"] == pytest.approx(human)
+    monkeypatch.setattr("posthoc.eval.transfer.score_all", None)
+    monkeypatch.setattr("posthoc.eval.transfer.crop_scores", None)
     for more, message in (
         (["--votes", f"foto={tmp_path / 'votes.npy'}"], "--votes names foto; the data sets are photos"),
         (["--votes", "votes.npy"], "expected NAME=FILE"),
+        (["--data", str(seen.folder)], "the heads of adapter were fitted on"),
+        (["--data", "fashion-mnits"], "did you mean 'fashion-mnist'"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            main([*transfer, *data, *more])
+            main([*transfer, *data, *more])  # refused before anything is scored
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
