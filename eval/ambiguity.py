@@ -55,6 +55,8 @@ def read_votes(path: Path, rows: int) -> np.ndarray:
         votes = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"cannot read votes from {path}: {error}") from error
+    if isinstance(votes, np.lib.npyio.NpzFile):
+        votes.close()
     if not isinstance(votes, np.ndarray) or votes.ndim != 2 or len(votes) != rows:
         found = list(votes.shape) if isinstance(votes, np.ndarray) else "an archive"
         raise DataError(f"{path} holds {found}; expected an array [{rows}, C]: one row of votes for each image")

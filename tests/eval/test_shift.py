@@ -258,16 +258,17 @@ def test_without_usable_labels_their_tables_are_left_out_and_said_so(model):
 def test_the_command_writes_tables_and_a_picture(tmp_path, capsys):
     images, label = pictures(12)
     for i, image in enumerate(images):
-        at = tmp_path / "photos" / f"class{label[i]}"
-        at.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(at / f"{i}.png")
+        for name, pixels in (("photos", image), ("training", 255 - image)):
+            at = tmp_path / name / f"class{label[i]}"
+            at.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(at / f"{i}.png")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_file(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "w.safetensors")
     photos, out = str(tmp_path / "photos"), tmp_path / "made" / "shift.json"
     shift = ["eval", "shift", "--data", photos, "--model", "test_vit", "--checkpoint", str(tmp_path / "w.safetensors")]
     few = ["--kinds", "fog", "pixelate", "--severities", "1", "4", "--resamples", "20", "--rows", "8"]
-    main([*shift, *few, "--train", photos, "--format", "markdown", "--output", str(out)])
+    main([*shift, *few, "--train", str(tmp_path / "training"), "--format", "markdown", "--output", str(out)])
     told = capsys.readouterr().out
     assert "mean uncertainty" in told
     tables = json.loads(out.read_text())
@@ -281,6 +282,9 @@ def test_the_command_writes_tables_and_a_picture(tmp_path, capsys):
         main([*shift, "--kinds", "foog"])
     assert stopped.value.code == 2
     assert "'foog' is unknown" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*shift, *few, "--train", photos])
+    assert "8 of 8 images of photos" in capsys.readouterr().err
 
 
 def test_a_head_better_than_the_reference_is_marked_where_lower_is_better():
