@@ -15,6 +15,8 @@ import numpy as np
 from ..adapters.errors import DataError, OptionError
 from .statistics import Statistic
 
+BIAS_FACTOR = 1 + 2**0.5
+"""At most how much larger the bias of a sum of absolute values is than that which the bootstrap shows."""
 CELLS = 2**18  # counts held at a time: 2 MiB of float64, which stays in the cache of a core
 
 
@@ -33,10 +35,17 @@ class Interval:
 def bootstrap(statistic: Statistic, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
     """Interval of a statistic with one value: rows of each stratum drawn with replacement, strata separately.
 
-    Percentile interval (Efron 1979), except for a statistic that noise makes larger (`biased`, the ECE): percentile
-    intervals of the ECE of a calibrated model never hold the truth. There the lower end is moved down by twice the
-    bootstrap bias (the resamples carry the noise of the sample and their own), the upper end by once, and the lower end
-    is 0 when the value is no larger than noise alone would make it. Simulated coverage: 92 to 98 %.
+    Percentile interval (Efron 1979), except for a statistic that noise makes larger (`biased`, the ECE), whose percentile
+    interval never holds the truth of a calibrated model. There the upper end is moved down by the bootstrap's bias, and the
+    lower end by that and by a bound on the bias of the value itself: resamples carry the noise of the sample and their own,
+    so that for a bin whose gap is 0 they show sqrt 2 - 1 of the true bias, for other bins no smaller a share. The bound is
+    the bias they show times 1 + sqrt 2 (or the statistic's `bias_factor`), but no more than the mean of noise alone. The
+    lower end is 0 where the value is no larger than noise alone makes it.
+
+    Simulated coverage, 1,000 rows, 80 to 200 sets for each figure. Calibrated; all confidences .05 too high; half of them
+    .06, and half .1 too high: ECE .96, .97, .96, .95; smooth ECE .97, .93, .96, .95; adaptive ECE .97, 1.00, .98 (the first
+    three). Classwise ECE: calibrated .98; logits 1.5 times too large, of all or of half of the images, 1.00, so that its
+    interval is wide.
 
     The same seed and strata draw the same rows, whatever the statistic.
 
@@ -117,7 +126,9 @@ def _biased_interval(statistic: Statistic, resamples: int, level: float, seed: i
     low, high = np.quantile(samples, _levels(level))
     bias = samples.mean() - value
     beyond_noise = value > np.quantile(noise, _levels(level)[1])
-    low = min(max(low - 2 * bias, 0.0), value) if beyond_noise else 0.0
+    factor = getattr(statistic, "bias_factor", BIAS_FACTOR)
+    most = min(factor * max(bias, 0.0), max(bias, noise.mean()))
+    low = min(max(low - bias - most, 0.0), value) if beyond_noise else 0.0
     return Interval(value, float(low), float(max(high - bias, value)))
 
 

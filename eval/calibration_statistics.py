@@ -40,6 +40,7 @@ class SmoothEce(Statistic):
     """
 
     biased = True
+    bias_factor: ClassVar[float] = 1 / (2 ** (1 / 3) - 1)  # the error of noise alone grows with its variance to the 1/3
     STEPS: ClassVar[int] = 10
 
     def __init__(self, confidence: Array, correct: Array, grid: int = 512) -> None:
