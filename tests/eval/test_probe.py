@@ -96,7 +96,7 @@ def test_only_a_difference_beyond_its_interval_is_marked() -> None:
         (arrays(), arrays(), [], "every image of test is also in train"),
         (arrays(), {"embedding": np.ones((4, 3)), "label": np.arange(4)}, [], "9 dimensions and test 3"),
         (arrays(), {**arrays(20, 1), "label": np.arange(20) + 50}, [], "no class of test occurs in train"),
-        (arrays(), {**arrays(20, 1), "label": np.arange(20) / 7}, [], "float64 (20,)"),
+        (arrays(), {**arrays(20, 1), "label": np.arange(20) / 7}, [], "label is no whole number"),
         (arrays(), {"u": np.arange(4.0)}, [], "test has no embedding"),
         (arrays(), arrays(20, 1), ["--features", "penultimate"], "has no penultimate"),
         ({**arrays(), "label": np.zeros(140, int)}, arrays(20, 1), [], "at least two"),
