@@ -8,6 +8,7 @@ import pytest
 from posthoc import PosthocError
 from posthoc.eval.bootstrap import Interval, bootstrap, bootstrap_curve, bootstrap_difference, resampled_counts
 from posthoc.eval.retrieval_statistics import Ausc, KnownMeans, VoteEce
+from posthoc.eval.shift_statistics import AveragedEce, Means
 from posthoc.eval.statistics import Aurc, Auroc, Ece, Mean, SelectiveAccuracy, Spearman
 
 
@@ -70,6 +71,8 @@ COVERAGE = {
     "ece, half off": (lambda g: Ece(*_half_off(g, 0.06)), 0.03),
     "ece, half far off": (lambda g: Ece(*_half_off(g, 0.1)), 0.05),
     "vote ece, half off": (lambda g: VoteEce(*_half_off(g, 0.1)), 0.05),
+    "mean of ece over kinds": (lambda g: AveragedEce([Ece(*_half_off(g, 0.1)) for _ in range(3)]), 0.05),
+    "means of views": (lambda g: Means(g.exponential(size=(100, 1))), 1.0),
     "recall and average precision": (lambda g: _queries(g), 0.6),
     "ausc": (lambda g: _selective(g, ausc=True), 1 - (1 - 0.98 / 2) / 2),
 }  # 6/pi asin(rho/2) is the normal Spearman; P(wrong | u) = u, so the risk below a coverage c is c/2
@@ -132,9 +135,10 @@ def test_a_bias_that_is_not_there_is_not_taken_off():
     generator = np.random.default_rng(9)
     error = Ece(*_half_off(generator, 0.0))
     assert bootstrap(error, resamples=200).low == 0.0
-    far = _confidence(generator, 0.2)
+    c = generator.uniform(0.4, 1, 6000)
+    far = Ece(c, generator.random(6000) < c - 0.2)
     found, (plain,) = bootstrap(far, resamples=200), bootstrap_curve(far, resamples=200)
-    assert found.low == pytest.approx(plain.low, abs=0.005)  # every gap is far from 0
+    assert found.low == pytest.approx(plain.low, abs=0.005)  # each gap is ten times its error
     assert found.high == pytest.approx(plain.high, abs=0.005)
     assert bootstrap(Ece(*_half_off(generator, 0.3)), resamples=200).low > 0.08  # of .15, half of the bins calibrated
 
