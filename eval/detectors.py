@@ -249,7 +249,9 @@ def _without_image(label: Tensor, classes: int) -> str:
     if not absent:
         return ""
     shown = ", ".join(map(str, absent[:5])) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-    return f"class{'es' * (len(absent) > 1)} {shown} of {classes} {'have' if len(absent) > 1 else 'has'} no training image"
+    return (
+        f"class{'es' * (len(absent) > 1)} {shown} of {classes} {'have' if len(absent) > 1 else 'has'} no training image"
+    )
 
 
 def last_layer(features: Array, logits: Array, tolerance: float = 1e-3) -> tuple[np.ndarray, np.ndarray]:

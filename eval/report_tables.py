@@ -68,7 +68,13 @@ def evaluate(
     tables = []
     seen = preprocessing_notes(sets)
     for one, theirs in zip(sets[1:], scores[1:], strict=True):
-        more = [*shared[one.name], *unremoved_classes(inside, one), *notes, *([f"no scod: {why}"] if why else []), *seen]
+        more = [
+            *shared[one.name],
+            *unremoved_classes(inside, one),
+            *notes,
+            *([f"no scod: {why}"] if why else []),
+            *seen,
+        ]
         for part in parts_by_class(inside, one):
             kept = {key: values[part.rows] for key, values in theirs.items()}
             table = ood_table(scores[0], kept, name=part.name, wrong=wrong, reference=reference, **options)
