@@ -113,7 +113,7 @@ class Fit:
     seed: int = 0
     """of the split and the training"""
     device: str | None = None
-    """default: the CPU"""
+    """where the network runs, such as cuda; without it: the CPU"""
     cache_dir: Path | None = None
     """feature store; default: $POSTHOC_CACHE or ~/.cache/posthoc/features"""
     run_dir: Path | None = None
@@ -178,7 +178,7 @@ class Predict:
     batch_size: int = 64
     """images in one pass"""
     device: str | None = None
-    """default: the CPU"""
+    """where the network runs, such as cuda; without it: the CPU"""
 
     def run(self) -> None:
         from .adapters.data import open_source
@@ -264,7 +264,7 @@ class Check:
     pretrained: bool = False
     """with the pretrained weights, which are then downloaded"""
     device: str | None = None
-    """default: the CPU"""
+    """where the network runs, such as cuda; without it: the CPU"""
 
     def run(self) -> None:
         from .adapters.backbone import build_backbone

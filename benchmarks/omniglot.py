@@ -61,7 +61,7 @@ def run(shared: Path, seed: int) -> list[Table]:
     return [
         embedding_table(pixels, **common | {"name": "Omniglot, raw pixels"}),
         embedding_table(found, **common | {"name": "Omniglot, small network"}),
-        Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about),
+        table.noted(*notes),
     ]
 
 

@@ -1,1 +1,1 @@
-"""Evaluation: OOD, calibration, selective prediction, ambiguity; metrics with intervals, and plots."""
+"""Evaluation: OOD, calibration, selective prediction, retrieval, conformal sets, probes, shift, ambiguity, transfer, reports."""

@@ -196,7 +196,7 @@ class Ambiguity(ViewsCommand):
             scores, votes=votes, fractions=fractions, name=one.name, reference=self.reference,
             resamples=self.resamples, seed=self.seed,
         )  # fmt: skip
-        self.show([Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)])
+        self.show([table.noted(*notes)])
 
     def _votes_of(self, source: Any) -> np.ndarray | None:
         """The votes of the chosen rows; the file has a row for every image of the whole data set."""

@@ -42,7 +42,7 @@ class TableCommand:
     output: Path | None = None
     """also write the tables there as JSON"""
     device: str | None = None
-    """default: the CPU"""
+    """where the network runs, such as cuda; without it: the CPU"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:

@@ -172,9 +172,7 @@ class Conformal(TableCommand):
         ranked = (
             "RAPS: 0.01 for each rank beyond the fifth; randomised: the true class is counted in part, which is drawn"
         )
-        self.show(
-            [Table(table.title, table.metrics, table.cells, (promise, ranked, *table.notes, *notes), table.about)]
-        )
+        self.show([replace(table, notes=(promise, ranked, *table.notes, *notes))])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -167,7 +167,7 @@ class Probe(TableCommand):
             resamples=self.resamples, seed=self.seed,
         )  # fmt: skip
         more.insert(0, f"{train.rows} training images of {len(np.unique(y))} classes, {x.shape[1]} dimensions")
-        self.show([Table(table.title, table.metrics, table.cells, (*table.notes, *more, *notes), table.about)])
+        self.show([table.noted(*more, *notes)])
 
 
 def _rows(one: Scored, table: str) -> tuple[np.ndarray, np.ndarray]:

@@ -78,13 +78,13 @@ def evaluate(
         for part in parts_by_class(inside, one):
             kept = {key: values[part.rows] for key, values in theirs.items()}
             table = ood_table(scores[0], kept, name=part.name, wrong=wrong, reference=reference, **options)
-            tables.append(_noted(table, [*part.notes, *more]))
+            tables.append(table.noted(*part.notes, *more))
     if has_classes(inside):
         tables.append(_calibration(inside, held_out, **options))
     if wrong is not None:
         table = selective_table(scores[0], wrong, name=inside.name, reference=reference, **options)
-        tables.append(_noted(table, notes))
-    tables += [_noted(table, notes) for table in _retrieval(inside, scores[0], **options)]
+        tables.append(table.noted(*notes))
+    tables += [table.noted(*notes) for table in _retrieval(inside, scores[0], **options)]
     given = [name for name in scores[0] if name in inside.scores]
     drawn = drawn_names(given, [name for name in scores[0] if name not in given])
     figures = figures_of(sets, scores, drawn, wrong, **options)
@@ -107,7 +107,7 @@ def _calibration(inside: Scored, held_out: Scored | None, **options: Any) -> Tab
         for kind in FITS:
             values[kind] = fit_scaling(kind, held_out.logits, held_out.label).log_probability(logits)
         note = f"scalings fitted on {held_out.rows} rows of {held_out.name}"
-    return _noted(calibration_table(values, label, name=inside.name, **options), [note])
+    return calibration_table(values, label, name=inside.name, **options).noted(note)
 
 
 def _retrieval(inside: Scored, scores: Mapping[str, np.ndarray], **options: Any) -> list[Table]:
@@ -125,7 +125,3 @@ def _retrieval(inside: Scored, scores: Mapping[str, np.ndarray], **options: Any)
     if kept and 0 < hit.sum() < len(hit):
         tables.append(score_table(kept, found, gallery_scores=scores, name=inside.name, **options))
     return tables
-
-
-def _noted(table: Table, notes: Sequence[str]) -> Table:
-    return Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)

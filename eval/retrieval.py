@@ -234,7 +234,7 @@ class Retrieval(TableCommand):
         notes += _equal(query, searched, found)
         common: dict[str, Any] = {"name": one.name, "resamples": self.resamples, "seed": self.seed}
         table = embedding_table(found, **common)
-        tables = [Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)]
+        tables = [table.noted(*notes)]
         tables += self._scores(one, others, model, found, common)
         if self.draws:
             tables.append(vote_table(one, others, self.draws, device=device, **common))
@@ -266,7 +266,7 @@ class Retrieval(TableCommand):
         if not kept:
             return []
         table = score_table(kept, found, gallery_scores=theirs, reference=self.reference, **common)
-        return [Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)]
+        return [table.noted(*notes)]
 
     def _sets(self, one: Scored, others: Scored | None, model: Any, common: dict[str, Any], device: str) -> Table:
         assert others is not None

@@ -82,7 +82,7 @@ class Selective(RowsCommand):
             for (scores,) in every
         ]
         table = tables[0] if len(tables) == 1 else over_seeds(tables)
-        self.show([Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about)])
+        self.show([table.noted(*notes)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -164,7 +164,7 @@ class Transfer(ViewsCommand):
                 scores, one.embedding, one.label, votes=votes, fractions=fractions, name=one.name,
                 reference=self.reference, resamples=self.resamples, seed=self.seed,
             )  # fmt: skip
-            tables.append(Table(table.title, table.metrics, table.cells, (*table.notes, *notes), table.about))
+            tables.append(table.noted(*notes))
         self.show(tables)
 
     def _votes(self) -> dict[str, Path]:
