@@ -13,10 +13,6 @@ is kept in --output, and only what is missing there is run: some 5 minutes on an
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from beside import run_cases
 
 Call = Callable[[], Any]
 
@@ -207,16 +204,6 @@ def measure(case: Case, side: str) -> dict[str, Any]:
     return {"cpu": cpu * scale, "wall": wall * scale, "memory": peak_mb() - before, "values": kept.tolist()}
 
 
-def run_apart(name: str, side: str, threads: int) -> dict[str, Any] | str:
-    """The measurement from a fresh process, or the last line of its error."""
-    command = [sys.executable, __file__, "--child", name, side, "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return f"skipped: {last.partition(': ')[2]}" if "ModuleNotFoundError" in last else last
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def line(case: Case, found: dict[str, Any]) -> str:
     cells = [case.name, case.other]
     for side in ("ours", "theirs"):
@@ -239,33 +226,29 @@ def line(case: Case, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of the names of cases to run")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file of what was measured, read and added to")
-    parser.add_argument("--child", nargs=2, metavar=("NAME", "SIDE"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.child:
-        name, side = arguments.child
-        case = next(case for case in cases() if case.name == name)
-        print(json.dumps(measure(case, side)))
-        return
-    kept = arguments.output
-    results: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.exists() else {}
-    print(f"torch {torch.__version__}, {arguments.threads} threads; seconds, and MB beyond imports and inputs\n")
-    print("| case | beside | ours CPU | wall | memory | theirs CPU | wall | memory | theirs N | ratio | gap |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    for case in cases():
-        if not case.name.startswith(tuple(arguments.only)):
-            continue
-        found = results.setdefault(case.name, {})
-        for side in ("ours", "theirs"):
-            if not isinstance(found.get(side), dict):
-                found[side] = run_apart(case.name, side, arguments.threads)
-                if kept:
-                    kept.write_text(json.dumps(results, indent=1) + "\n")
-        print(line(case, found), flush=True)
+    run_cases(
+        __file__,
+        __doc__,
+        cases(),
+        measure,
+        sides=lambda _: ("ours", "theirs"),
+        header="seconds, and MB beyond imports and inputs",
+        columns=[
+            "case",
+            "beside",
+            "ours CPU",
+            "wall",
+            "memory",
+            "theirs CPU",
+            "wall",
+            "memory",
+            "theirs N",
+            "ratio",
+            "gap",
+        ],
+        line=line,
+        threads=1,
+    )
 
 
 if __name__ == "__main__":

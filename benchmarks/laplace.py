@@ -12,9 +12,6 @@ missing there is run: some 10 minutes on 2 idle cores.
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
 import time
 import warnings
@@ -24,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from beside import run_cases
 from torch import Tensor
 
 from posthoc.adapters.laplace import LastLayerPosterior
@@ -137,14 +135,6 @@ def peak() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def run_apart(name: str, side: str, threads: int) -> dict[str, Any] | str:
-    command = [sys.executable, __file__, "--child", name, side, "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def line(case: Case, found: dict[str, Any]) -> str:
     mine, other = found.get("ours"), found.get("theirs")
     cells = [case.name]
@@ -161,35 +151,29 @@ def line(case: Case, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of the names of cases to run")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file of what was measured, read and added to")
-    parser.add_argument("--child", nargs=2, metavar=("NAME", "SIDE"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.child:
-        name, side = arguments.child
-        case = next(case for case in cases() if case.name == name)
-        print(json.dumps((ours if side == "ours" else theirs)(case)))
-        return
-    kept = arguments.output
-    results: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.exists() else {}
-    print(f"torch {torch.__version__}, {arguments.threads} threads; CPU seconds, GiB; {NEW} rows predicted\n")
-    print(
-        "| case | fit | wall | predict | peak | laplace-torch N | its fit | its predict | peak | ratio | difference |"
+    run_cases(
+        __file__,
+        __doc__,
+        cases(),
+        lambda case, side: (ours if side == "ours" else theirs)(case),
+        sides=lambda case: ("ours", "theirs") if case.theirs else ("ours",),
+        header=f"CPU seconds, GiB; {NEW} rows predicted",
+        columns=[
+            "case",
+            "fit",
+            "wall",
+            "predict",
+            "peak",
+            "laplace-torch N",
+            "its fit",
+            "its predict",
+            "peak",
+            "ratio",
+            "difference",
+        ],
+        line=line,
+        threads=2,
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    for case in cases():
-        if not case.name.startswith(tuple(arguments.only)):
-            continue
-        found = results.setdefault(case.name, {})
-        for side in ("ours", "theirs") if case.theirs else ("ours",):
-            if not isinstance(found.get(side), dict):
-                found[side] = run_apart(case.name, side, arguments.threads)
-                if kept:
-                    kept.write_text(json.dumps(results, indent=1) + "\n")
-        print(line(case, found), flush=True)
 
 
 if __name__ == "__main__":
