@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -36,7 +36,7 @@ class Demo:
     """Give a real ImageNet network an uncertainty and check it by eye: unseen classes, blur, errors, and a picture."""
 
 
-EVALUATIONS = (
+Evaluation = Literal[
     "ood",
     "calibration",
     "selective",
@@ -47,7 +47,8 @@ EVALUATIONS = (
     "ambiguity",
     "transfer",
     "report",
-)
+]
+EVALUATIONS: tuple[str, ...] = get_args(Evaluation)
 """What `posthoc eval NAME` runs: the `main` of `posthoc.eval.NAME`."""
 
 
@@ -55,23 +56,7 @@ EVALUATIONS = (
 class Eval:
     """Tables with intervals: `posthoc eval ood`, `calibration`, `shift`, ...; each explains itself with --help."""
 
-    what: Annotated[
-        Positional[
-            Literal[
-                "ood",
-                "calibration",
-                "selective",
-                "retrieval",
-                "probe",
-                "conformal",
-                "shift",
-                "ambiguity",
-                "transfer",
-                "report",
-            ]
-        ],
-        arg(metavar="WHAT"),
-    ]
+    what: Annotated[Positional[Evaluation], arg(metavar="WHAT")]
     """ood, calibration, selective, retrieval, probe, conformal, shift, ambiguity, transfer or report; its own options follow"""
 
     def run(self) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gzip
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -40,7 +41,7 @@ from posthoc.eval.calibration import calibration_table
 from posthoc.eval.inputs import Scored, from_features
 from posthoc.eval.ood import ood_table
 from posthoc.eval.results import read_run
-from posthoc.eval.scaling import FITS, fit_scaling
+from posthoc.eval.scaling import scaled
 from posthoc.eval.score_rows import score_all
 from posthoc.eval.selective import selective_table
 from posthoc.eval.table import Cell, Table, over_seeds, render
@@ -74,12 +75,12 @@ def run(experiment: Experiment, fitting: np.ndarray, scored: np.ndarray, seed: i
     model = posthoc.wrap(experiment.backbone, HEADS, **experiment.options)
     model.fit(experiment.test[fitting], seed=seed, batch_size=BATCH)
     half = from_features(experiment.name, experiment.test[scored], model)
-    held_out = from_features(f"{experiment.name} (other half)", experiment.test[fitting])
     if experiment.train is None:  # detectors on one part of the other half, temperature and settings on the rest
         train = from_features("a quarter", experiment.test[fitting[::2]])
         held_out = from_features("another quarter", experiment.test[fitting[1::2]])
     else:
         train = from_features("training images", experiment.train)
+        held_out = from_features(f"{experiment.name} (other half)", experiment.test[fitting])
     inside = half if experiment.inside is None else from_features(*experiment.inside, model)
     outside = [from_features(name, features, model) for name, features in experiment.ood.items()]
     rows, notes = score_all([half, inside, *outside], train, held_out=held_out, tuned=True)
@@ -105,9 +106,7 @@ def run(experiment: Experiment, fitting: np.ndarray, scored: np.ndarray, seed: i
 def _calibration(model: UncertainModel, half: Scored, held_out: Scored, options: dict[str, int]) -> Table:
     """The softmax as it is and scaled, and the predictive of the head `laplace`."""
     assert half.label is not None
-    values = {"softmax": np.asarray(half.logits)}
-    for kind in FITS:
-        values[kind] = fit_scaling(kind, held_out.logits, held_out.label).log_probability(half.logits)
+    values = {"softmax": np.asarray(half.logits)} | scaled(half.logits, held_out.logits, held_out.label)
     batches = feature_batches(half.features, np.arange(half.rows), model.device)
     with torch.no_grad():
         p = torch.cat([model.answer(batch)["laplace"].probabilities for _, batch in batches])
@@ -155,8 +154,6 @@ def fashion_mnist(shared: Path, data: Path) -> Iterator[Experiment]:
 
 
 def _unzipped(path: Path) -> bytes:
-    import gzip
-
     return gzip.decompress(path.read_bytes())
 
 

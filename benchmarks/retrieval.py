@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def child(arguments: argparse.Namespace) -> None:
 
     run: Callable[[np.ndarray], np.ndarray] = library
     if side == "numpy":
-        run = lambda q: brute_force(q, gallery, arguments.k[0])  # noqa: E731
+        run = partial(brute_force, gallery=gallery, k=arguments.k[0])
     elif side == "faiss":
         import faiss
 

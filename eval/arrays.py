@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def finite(name: str, values: Array, ndim: int | tuple[int, ...] = 1) -> np.ndar
         raise DataError(f"{name} has shape {array.shape}; expected a {wanted} array with at least {least}")
     if not np.isfinite(array).all():
         bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))
-        rows = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        rows = first_few(bad)
         raise DataError(f"{name} is not finite in {len(bad)} of {len(array)} rows (rows {rows})")
     return array
 
@@ -64,3 +65,8 @@ def check_labels(logits: np.ndarray, label: np.ndarray) -> None:
             f"labels must be whole numbers from 0 to {logits.shape[1] - 1}; "
             f"these are {label.dtype} from {label.min()} to {label.max()}"
         )
+
+
+def first_few(rows: Sequence[int] | np.ndarray) -> str:
+    """Up to five of the rows for a message: "3, 8", or "0, 1, 2, 3, 4, ..."."""
+    return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")

@@ -15,8 +15,6 @@ import numpy as np
 from ..adapters.errors import DataError, OptionError
 from .statistics import Statistic
 
-BIAS_FACTOR = 1 + 2**0.5
-"""At most how much larger the bias of a sum of absolute values is than that which the bootstrap shows."""
 CELLS = 2**18  # counts held at a time: 2 MiB of float64, which stays in the cache of a core
 
 
@@ -126,8 +124,7 @@ def _biased_interval(statistic: Statistic, resamples: int, level: float, seed: i
     low, high = np.quantile(samples, _levels(level))
     bias = samples.mean() - value
     beyond_noise = value > np.quantile(noise, _levels(level)[1])
-    factor = getattr(statistic, "bias_factor", BIAS_FACTOR)
-    most = min(factor * max(bias, 0.0), max(bias, noise.mean()))
+    most = min(statistic.bias_factor * max(bias, 0.0), max(bias, noise.mean()))
     low = min(max(low - bias - most, 0.0), value) if beyond_noise else 0.0
     return Interval(value, float(low), float(max(high - bias, value)))
 

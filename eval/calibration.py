@@ -16,7 +16,7 @@ from .calibration_statistics import AdaptiveEce, Brier, BrierParts, BrierReliabi
 from .command import TableCommand, run_command
 from .inputs import open_model, overlap, read
 from .metrics import confidence_and_correct, nll_per_image
-from .scaling import FITS, fit_scaling
+from .scaling import scaled
 from .statistics import Ece, Mean, Statistic
 from .table import Cell, Table, cell
 
@@ -117,8 +117,8 @@ class Calibration(TableCommand):
                     "be fitted on rows that are scored"
                 )
             notes = [f"scalings fitted on {kept.rows} rows of {kept.name}"]
-            for kind in FITS:
-                values[kind] = fit_scaling(kind, kept.logits, kept.label).log_probability(one.logits)
+            assert kept.logits is not None
+            values |= scaled(one.logits, kept.logits, kept.label)
         table = calibration_table(
             values, one.label, name=one.name, bins=self.bins, resamples=self.resamples, seed=self.seed
         )

@@ -80,6 +80,7 @@ def check_device(name: str) -> None:
     """Raises OptionError unless PyTorch knows the device and can compute there."""
     try:
         torch.zeros(1, device=torch.device(name)).cpu()
+    # torch's words for an unknown name, a build without the accelerator, and a device that holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).partition("\n")[0]
         raise OptionError(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.errors import DataError, OptionError
-from .arrays import Array, as_numpy, finite, same_rows
+from .arrays import Array, as_numpy, finite, first_few, same_rows
 from .caps import cap_cosine, check_share, concentrations, convolved_cap_cosine, resultants
 from .risk_control import RiskSteps, TrueRadii, smallest_radius
 
@@ -256,7 +256,7 @@ def _refuse_overlap(query: np.ndarray, gallery: np.ndarray) -> None:
     known = {row.tobytes() for row in gallery[np.isin(keys[1], keys[0])]}
     found = [int(q) for q in suspects if query[q].tobytes() in known]
     if found:
-        rows = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+        rows = first_few(found)
         raise DataError(
             f"{len(found)} queries are gallery rows bit for bit (rows {rows}): "
             "the gallery may hold no calibration or test query"

@@ -21,7 +21,7 @@ import numpy as np
 from ..adapters.errors import DataError, OptionError
 from ..adapters.features import Features
 from ..adapters.store import MANIFEST
-from .arrays import Array, as_numpy, finite, truth
+from .arrays import Array, as_numpy, finite, first_few, truth
 from .dataset_notes import pixel_keys, registered_name
 from .datasets import KIND, check_there, is_named, open_named
 
@@ -297,7 +297,7 @@ def _checked_label(name: str, label: Array) -> np.ndarray:
         whole = (values == np.round(values)) & (np.abs(values) < 2**53)
         bad = np.flatnonzero(~whole if array.ndim == 1 else (values < 0).any(1))
         if len(bad):
-            rows = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            rows = first_few(bad)
             what = "no whole number" if array.ndim == 1 else "negative"
             raise DataError(f"{name} is {what} in {len(bad)} of {len(array)} rows (rows {rows}); {wanted}")
     return array if array.ndim == 2 else array.astype(np.int64, copy=False)

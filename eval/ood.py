@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..adapters.errors import DataError, OptionError
+from .arrays import first_few
 from .command import run_command
 from .dataset_notes import parts_by_class, preprocessing_notes, unremoved_classes
 from .datasets import check_there
@@ -102,8 +103,9 @@ def check_overlap(inside: Scored, others: Sequence[Scored]) -> list[str]:
         if (theirs and len(theirs) == one.rows) or _same_scores(inside, one):
             raise DataError(f"every image of {one.name} is also in {inside.name}: this is no OOD set")
         if theirs:
-            shown = ", ".join(map(str, theirs[:5])) + (", ..." if len(theirs) > 5 else "")
-            notes.append(f"{len(theirs)} of {one.rows} images of {one.name} are also in {inside.name} (rows {shown})")
+            notes.append(
+                f"{len(theirs)} of {one.rows} images of {one.name} are also in {inside.name} (rows {first_few(theirs)})"
+            )
     return notes
 
 

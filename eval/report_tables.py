@@ -16,7 +16,7 @@ from .ood import check_overlap, ood_table
 from .report_figures import drawn_names, figures_of, has_classes
 from .report_images import Strip, can_show, gallery, retrieval_strips
 from .retrieval import embedding_table, retrieve, score_table
-from .scaling import FITS, fit_scaling
+from .scaling import scaled
 from .score_rows import REFERENCE, doubtful_labels, mistakes, score_all
 from .search import directions
 from .selective import selective_table
@@ -104,8 +104,7 @@ def _calibration(inside: Scored, held_out: Scored | None, **options: Any) -> Tab
     logits, label = np.asarray(inside.logits), np.asarray(inside.label)
     values, note = {"softmax": logits}, "no --held-out: no scaling was fitted"
     if held_out is not None:
-        for kind in FITS:
-            values[kind] = fit_scaling(kind, held_out.logits, held_out.label).log_probability(logits)
+        values |= scaled(logits, held_out.logits, held_out.label)
         note = f"scalings fitted on {held_out.rows} rows of {held_out.name}"
     return calibration_table(values, label, name=inside.name, **options).noted(note)
 

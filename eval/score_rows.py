@@ -18,11 +18,12 @@ from ..adapters.files import CONFIG_NAME
 from ..adapters.source_base import Source
 from ..adapters.store import read_manifest
 from . import augmentation, baselines
+from .arrays import first_few
 from .command import TableCommand
 from .detectors import Training, ensemble, fit_detectors, last_layer
 from .inputs import Scored, head_scores, open_model, overlap, read, same_network
 from .live_detectors import check_live, live_scores
-from .scaling import fit_scaling
+from .scaling import TemperatureScaling, fit_scaling
 from .tuning import methods, tune
 
 REFERENCE = "max-softmax"
@@ -109,10 +110,10 @@ def mistakes(one: Scored) -> tuple[np.ndarray | None, str | None]:
         odd = (one.label < 0) | (one.label >= classes)
         if odd.any() and np.array_equal(one.correct, np.asarray(one.logits).argmax(1) == one.label):
             seen = np.unique(one.label[odd])
-            shown = ", ".join(map(str, seen[:5])) + (", ..." if len(seen) > 5 else "")
             return None, (
-                f"{int(odd.sum())} of {one.rows} labels of {one.name} ({shown}) are none of the classifier's {classes} classes "
-                f"(0 to {classes - 1}), so its mistakes there are not known: give these images labels it was trained on"
+                f"{int(odd.sum())} of {one.rows} labels of {one.name} ({first_few(seen)}) are none of the classifier's "
+                f"{classes} classes (0 to {classes - 1}), so its mistakes there are not known: give these images labels it "
+                "was trained on"
             )
     if not one.correct.any():
         return None, f"the classifier is never right on {one.name}; are these labels its classes?"
@@ -204,7 +205,9 @@ def _scaled(found: list[dict[str, np.ndarray]], sets: Sequence[Scored], held_out
     held_out.need("label", "logits")
     assert held_out.logits is not None
     assert held_out.label is not None
-    temperature = fit_scaling("temperature", held_out.logits, held_out.label).temperature  # type: ignore[attr-defined]
+    scaling = fit_scaling("temperature", held_out.logits, held_out.label)
+    assert isinstance(scaling, TemperatureScaling)
+    temperature = scaling.temperature
     for scores, one in zip(found, sets, strict=True):
         scores["temperature-scaled softmax"] = baselines.max_softmax(np.asarray(one.logits) / temperature)
     return [f"temperature {temperature:.3g}, fitted on {held_out.rows} labelled ID images of {held_out.name}"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..adapters.errors import DataError, OptionError
-from .arrays import Array, as_numpy
+from .arrays import Array, as_numpy, first_few
 from .extras import require
 
 BACKENDS = ("torch", "faiss")
@@ -107,7 +107,7 @@ def directions(name: str, embedding: Array) -> np.ndarray:
     _all_finite(name, rows, 0)
     largest = np.abs(rows).max(1, keepdims=True)
     if len(zero := np.flatnonzero(largest == 0)):
-        raise DataError(f"{name}: {len(zero)} of {len(rows)} rows are 0 and have no direction (rows {_shown(zero)})")
+        raise DataError(f"{name}: {len(zero)} of {len(rows)} rows are 0 and have no direction (rows {first_few(zero)})")
     return as_unit(rows / largest)  # squares neither overflow nor vanish
 
 
@@ -198,8 +198,4 @@ def _tensor(name: str, rows: np.ndarray, dtype: np.dtype, first: int) -> Tensor:
 def _all_finite(name: str, rows: np.ndarray, first: int) -> None:
     if not np.isfinite(rows).all():
         bad = np.flatnonzero(~np.isfinite(rows).all(1)) + first
-        raise DataError(f"{name}: {len(bad)} rows hold NaN or infinite numbers (rows {_shown(bad)})")
-
-
-def _shown(rows: np.ndarray) -> str:
-    return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        raise DataError(f"{name}: {len(bad)} rows hold NaN or infinite numbers (rows {first_few(bad)})")

@@ -23,6 +23,8 @@ class Statistic:
     """Rows in each stratum."""
     biased: ClassVar[bool] = False
     """Whether noise alone makes it larger, as it does a sum of absolute values; such a metric is >= 0."""
+    bias_factor: ClassVar[float] = 1 + 2**0.5
+    """At most how much larger that bias is than what the bootstrap shows of it; as it stands, of a sum of absolute values."""
 
     def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
         """One array of counts [R, N] for each stratum -> [R] or [R, K], float64; NaN where it is not defined."""
