@@ -132,6 +132,7 @@ def detector(name: str, dim: int, classes: int, training: int) -> Callable[[str,
             "kNN": lambda: module.KNN(None, k=50),
             "DICE": lambda: module.DICE(None, head.weight, head.bias, 0.7),
             "Mahalanobis": lambda: module.Mahalanobis(None),
+            "GMM": lambda: module.GMM(None),
             "GradNorm": lambda: module.GradNorm(head, lambda part: part == "weight"),
         }[name]()
         images = torch.from_numpy(x)
@@ -181,6 +182,9 @@ def cases() -> list[Case]:
         Case("detector kNN N2000 M20000 D512", "pytorch-ood", detector("kNN", *big), 2000),
         Case("detector Mahalanobis N2000 D512 C100", "pytorch-ood", detector("Mahalanobis", *big), 2000),
         Case("detector DICE N2000 D1280 C1000", "pytorch-ood", detector("DICE", *wide), 2000, 500, small=50),
+        Case(
+            "detector GMM N2000 M2400 D1280 C200", "pytorch-ood", detector("GMM", 1280, 200, 2400), 2000, 200, small=50
+        ),
         Case("detector GradNorm N2000 D1280 C1000", "pytorch-ood", detector("GradNorm", *wide), 2000, 200, small=50),
         Case("retrieval recall@1, MAP@R 20000 x 128", "pytorch-metric-learning", retrieval, 20_000, small=2000),
     ]

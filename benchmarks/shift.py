@@ -4,8 +4,9 @@
 
 Prints the Markdown tables of docs/results.md and writes them as JSON, with a plot, one for each network. Heads are fitted
 on the features of 4,000 clean TEST images (the classifier has been trained on the training images, on which it is nearly
-always right); kNN has the same images, and a temperature is fitted on 1,000 more. `--rows` of the other 5,000, drawn by
-the seed, are corrupted and scored: 75 views of each, 15 kinds at 5 severities. No corrupted image plays any part in a fit.
+always right); kNN and detectors have the same images, and a temperature is fitted on 1,000 more. `--rows` of the other
+5,000, drawn by the seed, are corrupted and scored: 75 views of each, 15 kinds at 5 severities. No corrupted image plays any
+part in a fit.
 
 The corruptions cost 0.6 ms an image on one core. Features are kept, and what is there is not computed again.
 """
@@ -22,11 +23,11 @@ from cifar10 import cifar10_test, resnet
 
 import posthoc
 from posthoc.adapters.files import replace_file
-from posthoc.eval.inputs import Scored
+from posthoc.eval.inputs import from_features
 from posthoc.eval.shift import draw_shift, shift_tables, shifted
 from posthoc.eval.table import Table, render
 
-HEADS = ["kappa", "temperature", "loss", "laplace"]
+HEADS = ["kappa", "temperature", "loss", "laplace", "metric-laplace"]
 
 
 def tables(depth: int, arguments: argparse.Namespace) -> list[Table]:
@@ -44,8 +45,8 @@ def tables(depth: int, arguments: argparse.Namespace) -> list[Table]:
         model,
         (images[scored], label[scored]),
         seed=arguments.seed,
-        train=Scored("fitting rows", embedding=features.embedding),
-        held_out=Scored("held-out rows", label=held_out.label, logits=held_out.logits),
+        train=from_features("fitting rows", features),
+        held_out=from_features("held-out rows", held_out),
         cache_dir=cache,
     )
     one.name = f"ResNet-{depth}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..adapters.errors import DataError
+from ..adapters.features import Features
 from .arrays import Array, as_numpy
 
 NUMBERS = 1 << 22
@@ -41,6 +42,19 @@ def embedding_spread(views: Array) -> np.ndarray:
     if as_numpy(views).ndim == 3 and as_numpy(views).shape[1] < 2:
         raise DataError("a spread over views needs at least two of them (extract with views=V)")
     return _by_images(views, lambda x: torch.nn.functional.normalize(x, dim=2).std(1).mean(1))
+
+
+def augmented_scores(sets: Sequence[Features]) -> list[dict[str, np.ndarray]]:
+    """All scores of stored views by name, float32 [N] each, for every set; those of logits only where all sets have them."""
+    classified = all(one.logits is not None for one in sets)
+    found = []
+    for one in sets:
+        of_logits = {
+            "entropy, augmented": entropy_of_mean(one.logits),
+            "mutual information, augmented": mutual_information(one.logits),
+        } if classified else {}  # fmt: skip
+        found.append({**of_logits, "embedding spread, augmented": embedding_spread(one.embedding)})
+    return found
 
 
 def _by_images(views: Array, score: Callable[[Tensor], Tensor]) -> np.ndarray:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..adapters.errors import DataError, OptionError, suggest
 from .arrays import Array, as_numpy, check_labels, finite
 from .extras import require
+from .gaussian_mixture import gaussian_mixture
 from .openmax import open_max
 
 ROWS = 1024
@@ -116,8 +117,14 @@ def _logits(name: str, make: Callable[[Any, float], Any] = lambda kind, _: kind(
 
 def _openmax(given: Fitting) -> Score:
     """OpenMax as pytorch-ood fits it, scored by `open_max`."""
-    score = open_max(given.module.OpenMax(None).fit_logits(given.logits, given.label))
+    score = open_max(given.module.OpenMax(None, tailsize=int(given.value)).fit_logits(given.logits, given.label))
     return lambda _, logit: score(logit)
+
+
+def _mixture(given: Fitting) -> Score:
+    """GMM, by `gaussian_mixture`."""
+    score = gaussian_mixture(given.features, given.label, given.value)
+    return lambda x, _: score(x)
 
 
 def _dice(given: Fitting) -> Score:
@@ -139,14 +146,14 @@ def _grad_norm(given: Fitting) -> Score:
 DETECTORS: dict[str, Fit] = {
     "Mahalanobis": _features("Mahalanobis", lambda kind, _: kind(None)),
     "RMD": _features("RMD", lambda kind, _: kind(None)),
-    "GMM": _features("GMM", lambda kind, _: kind(None)),
+    "GMM": _mixture,
     "ViM": _features("ViM", lambda kind, at: kind(None, _principal(at), at.head.weight, at.head.bias)),
     "DICE": _dice,
-    "LTS": _features("LTS", lambda kind, at: kind(None, at.head)),
+    "LTS": _features("LTS", lambda kind, at: kind(None, at.head, at.value)),
     "SHE": _features("SHE", lambda kind, at: kind(None, at.head)),
-    "NNGuide": _features("NNGuide", lambda kind, at: kind(None, at.head)),
+    "NNGuide": _features("NNGuide", lambda kind, at: kind(None, at.head, int(at.value))),
     "fDBD": _features("fDBD", lambda kind, at: kind(None, at.head)),
-    "NCI": _features("NCI", lambda kind, at: kind(None, at.head)),
+    "NCI": _features("NCI", lambda kind, at: kind(None, at.head, at.value)),
     "pNML": _features("PNML", lambda kind, at: kind(None, at.head)),
     "ReAct": _shaped("ReAct", lambda kind, p, head: kind(None, head, percentile=p), signed=True),
     "ASH-S": _shaped("ASH", lambda kind, p, head: kind(None, head, "ash-s", p)),
@@ -161,18 +168,25 @@ DETECTORS: dict[str, Fit] = {
 """The detectors by the name tables print, with pytorch-ood's own settings or those of `SETTINGS`."""
 
 SETTINGS: dict[str, Setting] = {
+    "GMM": Setting("reg", 1e-6, (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)),
     "ViM": Setting("d", 0.5, (0.125, 0.25, 0.5, 0.75, 0.875)),
     "DICE": Setting("p", 0.7, (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "LTS": Setting("p", 0.05, (0.01, 0.05, 0.1, 0.25, 0.5)),
+    "NNGuide": Setting("k", 10, (1, 5, 10, 50, 100)),
+    "NCI": Setting("alpha", 0.0, (0.0, 1e-4, 1e-3, 1e-2, 1e-1)),
     "ReAct": Setting("p", 0.9, (0.8, 0.85, 0.9, 0.95, 0.99)),
     "ASH-S": Setting("p", 0.65, (0.65, 0.75, 0.85, 0.9, 0.95)),
     "ASH-B": Setting("p", 0.65, (0.65, 0.75, 0.85, 0.9, 0.95)),
     "SCALE": Setting("p", 0.65, (0.65, 0.75, 0.85, 0.9, 0.95)),
     "VRA": Setting("p", 0.99, (0.85, 0.9, 0.95, 0.975, 0.99)),
     "GEN": Setting("gamma", 0.1, (0.01, 0.1, 0.5, 1.0, 2.0)),
+    "OpenMax": Setting("tail", 25, (10, 25, 50, 100, 200)),
 }
-"""What is tuned, with its default: ViM's subspace as a share of the dimensions (its paper: 1000 of 2048), the share of
-weights DICE drops (its paper's ImageNet setting), the quantiles that ReAct and VRA (both ends) clip at, the share of
-activations ASH and SCALE count as small, GEN's exponent."""
+"""What is tuned, with its default: what GMM adds to its covariance's diagonal, ViM's subspace as a share of the dimensions
+(its paper: 1000 of 2048), the share of weights DICE drops (its paper's ImageNet setting), the share of activations LTS sums,
+NNGuide's neighbours, the weight of the feature's norm in NCI, the quantiles that ReAct and VRA (both ends) clip at, the share
+of activations ASH and SCALE count as small, GEN's exponent, the distances OpenMax fits a class's tail to. The others have no
+setting."""
 
 
 EVERY_CLASS = ("SHE",)

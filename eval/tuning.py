@@ -88,8 +88,7 @@ def tune(found: list[dict[str, np.ndarray]], sets: list[Scored], held_out: Score
                 scores[f"{name} (tuned, {method.setting.letter}={value:g})"] = tuned
     return (
         f"tuned on {held_out.rows} labelled ID images of {held_out.name}, {int(wrong.sum())} of them mistakes, by the AUROC of "
-        f"the mistakes; no OOD image. Budget: {BUDGET} values for each of {', '.join(given)}; the other rows have no setting "
-        "that was tried"
+        f"the mistakes; no OOD image. Budget: {BUDGET} values for each of {', '.join(given)}; the other rows have no setting"
     )
 
 

@@ -264,6 +264,37 @@ def test_every_setting_is_in_a_grid_of_the_same_size():
         assert setting.default in setting.grid
 
 
+@pytest.mark.parametrize("name", ["GMM", "LTS", "NNGuide", "NCI", "OpenMax"])
+def test_a_setting_reaches_the_detector(name):
+    import torch
+    from pytorch_ood import detector as module
+
+    f, label, weight, bias = world()
+    x, head = unseen(60), torch.nn.Linear(DIM, CLASSES)
+    head.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+    value = SETTINGS[name].grid[3]
+    assert value != SETTINGS[name].default
+    make = {
+        "GMM": lambda: module.GMM(None, value),
+        "LTS": lambda: module.LTS(None, head, p=value),
+        "NNGuide": lambda: module.NNGuide(None, head, k=int(value)),
+        "NCI": lambda: module.NCI(None, head, alpha=value),
+        "OpenMax": lambda: module.OpenMax(None, tailsize=int(value)),
+    }[name]()
+    rows, there, unknown = torch.from_numpy(f), torch.from_numpy(label), torch.from_numpy(x)
+    with torch.no_grad():
+        if name == "OpenMax":
+            theirs = make.fit_logits(head(rows), there).predict_logits(head(unknown)).numpy()
+        else:
+            if make.requires_fit:
+                make.fit_features(rows, there)
+            theirs = make.predict_features(unknown).numpy()
+    ours = fit_detectors(Training(f, label, weight, bias), [name], {name: value}).scores(x)[name]
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    default = fit_detectors(Training(f, label, weight, bias), [name]).scores(x)[name]
+    assert np.abs(default - ours).max() > 1e-4 * np.abs(ours).max()
+
+
 def test_openmax_equals_pytorch_ood_where_every_class_is_predicted():
     import torch
     from pytorch_ood.detector import OpenMax
