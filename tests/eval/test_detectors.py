@@ -270,7 +270,7 @@ def test_a_setting_reaches_the_detector(name):
     from pytorch_ood import detector as module
 
     f, label, weight, bias = world()
-    x, head = unseen(60), torch.nn.Linear(DIM, CLASSES)
+    x, head = world(60, seed=2)[0], torch.nn.Linear(DIM, CLASSES)
     head.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
     value = SETTINGS[name].grid[3]
     assert value != SETTINGS[name].default
@@ -290,9 +290,10 @@ def test_a_setting_reaches_the_detector(name):
                 make.fit_features(rows, there)
             theirs = make.predict_features(unknown).numpy()
     ours = fit_detectors(Training(f, label, weight, bias), [name], {name: value}).scores(x)[name]
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    near = 1e-2 if name == "OpenMax" else 1e-4  # theirs raises float32 distances to powers of some 20,000
+    assert ours == pytest.approx(theirs, rel=near)
     default = fit_detectors(Training(f, label, weight, bias), [name]).scores(x)[name]
-    assert np.abs(default - ours).max() > 1e-4 * np.abs(ours).max()
+    assert np.abs(default - ours).max() > 3 * near * np.abs(ours).max()
 
 
 def test_openmax_equals_pytorch_ood_where_every_class_is_predicted():
