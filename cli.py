@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -169,6 +167,7 @@ class Predict:
         from .adapters.data import open_source
         from .adapters.distributed import check_launch
         from .adapters.model import load
+        from .adapters.score_table import labels_of, write_table
 
         if self.output.suffix not in (".csv", ".parquet"):
             raise OptionError(f"--output {self.output} was given; expected a file that ends in .csv or .parquet")
@@ -291,47 +290,12 @@ class Cache:
             )
 
 
-def labels_of(source: Any, rows: int) -> list[Any]:
-    """The label of each row as far as the data has any (a class folder's by name), without decoding an image."""
-    from .adapters.errors import DataError
-    from .adapters.source_base import LABEL_COLUMNS
-
-    for name in LABEL_COLUMNS:
-        try:
-            labels = source.column(name).tolist()
-        except DataError:
-            continue
-        names = getattr(source, "classes", None)
-        return [names[label] for label in labels] if names else labels
-    return [None] * rows
-
-
 def read_adapter(address: str, revision: str | None) -> Any:
     """The checked configuration of an adapter in a folder or on the hub."""
     from .adapters.files import read_config
     from .adapters.locate import locate
 
     return read_config(locate(address, revision))
-
-
-def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
-    """Write columns of equal length under a temporary name, then rename. Raises PosthocError when it cannot."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
-
-            pyarrow.parquet.write_table(pyarrow.table(columns), part)
-        else:
-            with part.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(columns)
-                writer.writerows(zip(*columns.values(), strict=True))
-        part.replace(path)
-    except OSError as error:
-        raise PosthocError(f"cannot write {path}: {error}") from error
 
 
 def _tell(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Rows of every process of a launch on each of them, with gradient."""
+"""What every process of a launch has, on each of them: rows, with gradient, and sums."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from .distributed import check_launch
 from .numerics import first_order
 
 
@@ -24,6 +25,19 @@ def gather_rows(x: Tensor) -> Tensor:
     counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(distributed.get_world_size())]
     distributed.all_gather(counts, counts[0].new_tensor([len(x)]))
     return _GatherRows.apply(x, torch.cat(counts).tolist())
+
+
+def sum_over_launch(parts: list[Tensor]) -> list[Tensor]:
+    """Sums of tensors of one dtype and device over the processes of the launch, in one collective and without gradient.
+
+    Every process must call this, with the same shapes. Without a launch the tensors themselves.
+    """
+    if check_launch().world == 1:
+        return parts
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    distributed.all_reduce(flat)
+    shaped = zip(flat.split([part.numel() for part in parts]), parts, strict=True)
+    return [found.view(part.shape) for found, part in shaped]
 
 
 class _GatherRows(torch.autograd.Function):

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .curvature import Curvature, DiagCurvature, FullCurvature, curvature_class
-from .distributed import check_launch
+from .curvature import Curvature, curvature_class
 from .errors import DataError, NotFittedError, OptionError, suggest
+from .gathering import sum_over_launch
 from .heldout_search import best_on_held_out
 from .laplace_rows import Rows, check_layer, check_targets, chunks, loss_sum, signature
 from .predictive import entropy, laplace_bridge, mean_field, monte_carlo, normal_draws, probit
-from .prior_precision import check_prior, evidence_precision
+from .prior_precision import check_prior, check_prior_fits, evidence_precision
 
 LINKS = ("probit", "bridge", "bridge_norm", "mean-field", "mc")
 LIKELIHOODS = ("classification", "regression")
@@ -125,7 +125,7 @@ class LastLayerPosterior(nn.Module):
         classes, inputs = check_layer(weight, bias, 2 if softmax else 1)
         targets = check_targets(penultimate, labels, inputs, classes, softmax)
         curvature = curvature_class(self.structure)(inputs, classes, bias is not None).to(weight)
-        _check_fits(self.prior_precision, curvature)
+        check_prior_fits(self.prior_precision, curvature)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.prior_precision = self.prior_precision.to(weight)
@@ -145,7 +145,7 @@ class LastLayerPosterior(nn.Module):
                 loss += loss_sum(logits, targets[at].to(logits.device), softmax)
         count = weight.new_tensor(float(len(subset)))
         if across_processes:
-            *total, loss, signed, count = _all_reduce([*total, loss, signed, count])
+            *total, loss, signed, count = sum_over_launch([*total, loss, signed, count])
         self.curvature, self.rows, self.loss = curvature, rows, loss
         self.n_data, self.signature = int(count), float(signed)
         curvature.assign(tuple(total), self.n_data)
@@ -216,7 +216,7 @@ class LastLayerPosterior(nn.Module):
         curvature = self._own_rows()
         likelihood = self.log_likelihood()
         prior = self.prior_precision if prior_precision is None else check_prior(prior_precision).to(self.weight)
-        _check_fits(prior, curvature)
+        check_prior_fits(prior, curvature)
         weight, bias = curvature.split(prior)
         scatter = (weight * self.weight.square()).sum()
         if self.bias is not None:
@@ -385,24 +385,3 @@ class LastLayerPosterior(nn.Module):
                 "penultimate=..., labels=...) on rows apart from both"
             )
         return curvature
-
-
-def _check_fits(prior: Tensor, curvature: Curvature) -> None:
-    if prior.ndim == 1:
-        return
-    shape = (curvature.classes, curvature.inputs + curvature.bias)
-    if not isinstance(curvature, DiagCurvature | FullCurvature) or tuple(prior.shape) != shape:
-        raise OptionError(
-            f"prior_precision of shape {tuple(prior.shape)} was given; a precision for each parameter has the shape "
-            f"{shape} here, and needs structure 'diag' or 'full'"
-        )
-
-
-def _all_reduce(parts: list[Tensor]) -> list[Tensor]:
-    """Their sums over the processes of the launch, in one collective."""
-    if check_launch().world == 1:
-        return parts
-    flat = torch.cat([part.reshape(-1) for part in parts])
-    torch.distributed.all_reduce(flat)
-    shaped = zip(flat.split([part.numel() for part in parts]), parts, strict=True)
-    return [found.view(part.shape) for found, part in shaped]

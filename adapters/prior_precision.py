@@ -38,6 +38,18 @@ def check_prior(value: float | Tensor) -> Tensor:
     return prior if prior.ndim == 2 else prior.reshape(-1).expand(2)
 
 
+def check_prior_fits(prior: Tensor, curvature: Curvature) -> None:
+    """Raises OptionError for a precision of each parameter where the curvature has no such parameters, or has others."""
+    if prior.ndim == 1:
+        return
+    shape = (curvature.classes, curvature.inputs + curvature.bias)
+    if not isinstance(curvature, DiagCurvature | FullCurvature) or tuple(prior.shape) != shape:
+        raise OptionError(
+            f"prior_precision of shape {tuple(prior.shape)} was given; a precision for each parameter has the shape "
+            f"{shape} here, and needs structure 'diag' or 'full'"
+        )
+
+
 def evidence_precision(
     curvature: Curvature, factor: float, weight: Tensor, bias: Tensor | None, prior_structure: str
 ) -> Tensor:

@@ -15,6 +15,7 @@ set claims coverage. A set that returns everything is no success, so sizes stand
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from ..adapters.errors import DataError, OptionError
 from .arrays import Array, as_numpy, finite, first_few, same_rows
 from .caps import cap_cosine, check_share, concentrations, convolved_cap_cosine, resultants
 from .risk_control import RiskSteps, TrueRadii, smallest_radius
+from .search import directions
 
 PAIRS = 1 << 22  # query-gallery pairs held at a time
 SLACK = 1e-12  # added to every cosine, so that equal directions are at angle 0 in spite of rounding
@@ -99,9 +101,7 @@ class CredibleSets:
         radius: float = 1.0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.alpha, self.radius, self.device = check_share("alpha", alpha), float(radius), torch.device(device)
-        if not self.radius >= 0.0:
-            raise OptionError(f"radius={radius} was given; expected a factor of at least 0")
+        self.alpha, self.radius, self.device = check_share("alpha", alpha), _factor(radius), torch.device(device)
         self.rows = _directions("the gallery", gallery)
         self.gallery = torch.from_numpy(self.rows).to(self.device)
         self.label = None if label is None else _labels(label)
@@ -164,9 +164,9 @@ class CredibleSets:
 
     def with_radius(self, radius: float) -> CredibleSets:
         """The same sets at another radius."""
-        return CredibleSets(
-            self.rows, self.label, self.concentration, alpha=self.alpha, radius=radius, device=self.device
-        )
+        other = copy.copy(self)  # rows normalised twice differ from a query's by rounding, and would not be found equal
+        other.radius = _factor(radius)
+        return other
 
     def evaluate(self, query: Array, concentration: Array, label: Array) -> SetReport:
         """Losses and sizes of the queries' sets."""
@@ -230,13 +230,15 @@ class _Caps:
 def _directions(name: str, values: Array) -> np.ndarray:
     """Rows of length 1, float64 [N, D]; DataError for a shape, a number or a row (of length 0) that is not one."""
     rows = finite(name, values, 2)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    if rows.shape[1] < 2 or not length.all():
-        zero = np.flatnonzero(length == 0)
-        raise DataError(
-            f"{name} must be directions [N, D >= 2]; of shape {rows.shape}, {len(zero)} rows are 0: {zero[:5]}"
-        )
-    return rows / length
+    if rows.shape[1] < 2:
+        raise DataError(f"{name} must be directions [N, D >= 2]; these are of shape {rows.shape}")
+    return directions(name, rows)
+
+
+def _factor(radius: float) -> float:
+    if not radius >= 0.0:
+        raise OptionError(f"radius={radius} was given; expected a factor of at least 0")
+    return float(radius)
 
 
 def _labels(values: Array) -> np.ndarray:

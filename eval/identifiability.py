@@ -17,6 +17,7 @@ from .arrays import Array, finite, same_rows
 from .caps import concentrations
 from .extras import require
 from .metrics import spearman
+from .search import directions
 
 NODES = 1 << 11  # of the quadrature over the angle
 DRAWS = 1 << 21  # numbers drawn at a time
@@ -117,7 +118,8 @@ def cosine_agreement(direction: Array, latent: Array, *, diagonal: bool = False)
     if len(z) < 3:
         raise DataError(f"{len(z)} images were given; pairwise cosines need 3 or more")
     below = np.tril_indices(len(z), 0 if diagonal else -1)
-    return _agreement("cosines", *((unit @ unit.T)[below] for unit in (_unit("direction", h), _unit("latent", z))))
+    units = directions("the representation", h), directions("the latent", z)
+    return _agreement("cosines", *((unit @ unit.T)[below] for unit in units))
 
 
 def concentration_agreement(concentration: Array, true: Array) -> Agreement:
@@ -227,13 +229,6 @@ def _pair(representation: Array, latent: Array) -> tuple[np.ndarray, np.ndarray]
     h, z = finite("the representation", representation, 2), finite("the latent", latent, 2)
     same_rows(representation=h, latent=z)
     return h, z
-
-
-def _unit(name: str, rows: np.ndarray) -> np.ndarray:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not length.all():
-        raise DataError(f"{name} is a row of zeros in {(length == 0).sum()} rows (first: {(length == 0).argmax()})")
-    return rows / length
 
 
 def _not_constant(name: str, columns: np.ndarray) -> None:

@@ -11,21 +11,17 @@ import torch
 from ..adapters.errors import DataError
 from .arrays import Array, as_numpy, check_labels, finite, same_rows
 from .calibration_statistics import AdaptiveEce, BrierParts, ClasswiseEce, SmoothEce, brier_per_image
-from .extras import require
 from .ood_statistics import AveragePrecision, Fpr95, OodAcceptedAt95Id, ScodAurc, ScodAuroc
 from .selective_statistics import AccuracyAtCoverage, Augrc, ExcessAurc
-from .statistics import Aurc, Ece, SelectiveAccuracy
+from .statistics import Aurc, Auroc, Ece, SelectiveAccuracy
 
 REJECTED = np.arange(0, 51) / 100
 """Shares rejected where an accuracy-rejection curve is drawn by default: 0 to one half."""
 
 
 def auroc(id_uncertainty: Array, ood_uncertainty: Array) -> float:
-    """Chance that an OOD image [M] is less certain than an ID image [N], ties half (scikit-learn): 0 to 1."""
-    inside, outside = finite("the ID uncertainty", id_uncertainty), finite("the OOD uncertainty", ood_uncertainty)
-    roc_auc_score = require("sklearn.metrics", "scikit-learn").roc_auc_score
-    is_ood = np.r_[np.zeros(len(inside), bool), np.ones(len(outside), bool)]
-    return float(roc_auc_score(is_ood, np.r_[inside, outside]))
+    """Chance that an OOD image [M] is less certain than an ID image [N], ties half: 0 to 1; see `statistics.Auroc`."""
+    return float(Auroc(id_uncertainty, ood_uncertainty).value())
 
 
 def aupr_out(id_uncertainty: Array, ood_uncertainty: Array) -> float:

@@ -18,12 +18,13 @@ import numpy as np
 
 from ..adapters.errors import DataError, OptionError
 from .arrays import first_few
+from .class_labels import doubtful_labels, mistakes
 from .command import run_command
 from .dataset_notes import parts_by_class, preprocessing_notes, unremoved_classes
 from .datasets import check_there
 from .inputs import TABLES, Scored, not_constant, overlap, read, same_network
 from .ood_statistics import OodMetrics, ScodAurc, ScodAuroc
-from .score_rows import REFERENCE, RowsCommand, doubtful_labels, mistakes
+from .score_rows import REFERENCE, RowsCommand
 from .table import Table, fill, over_seeds
 
 LOWER = ("fpr95", "ood_accepted_at_95_id", "scod_aurc")

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..adapters.errors import OptionError
 from .arrays import Array, finite, same_rows, truth
-from .statistics import Aurc, Statistic
+from .statistics import Aurc, Pairs, Statistic
 
 SLACK = 1e-9
 """What may be missing of an image when a share such as 95 % is turned into a number of images."""
@@ -91,7 +91,7 @@ class OodMetrics(Merged):
 
     def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
         inside, outside = self.groups(counts)
-        below = inside.cumsum(1) - inside / 2
+        below = inside.cumsum(1) - inside / 2  # `Auroc`, from the groups that are there already
         area = np.einsum("rg,rg->r", below, outside) / (inside.sum(1) * outside.sum(1))
         down = outside[:, ::-1], inside[:, ::-1]
         return np.stack(
@@ -118,19 +118,14 @@ class ScodAuroc(Statistic):
         mistakes = truth("wrong", wrong)
         inside, outside = finite("the ID uncertainty", id_uncertainty), finite("the OOD uncertainty", ood_uncertainty)
         same_rows(id_uncertainty=inside, wrong=mistakes)
-        self.merged = Merged(inside, outside)
-        self.sizes = self.merged.sizes
+        self.sizes = (len(inside), len(outside))
         self.ratio = len(outside) / (len(outside) + int(mistakes.sum()))
-        self.right = ~mistakes
+        self.wrong = mistakes
+        self.pairs = Pairs(inside[~mistakes], np.concatenate([inside[mistakes], outside]))
 
     def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
         inside, outside = counts
-        kept, _ = self.merged.groups([inside * self.right, outside])
-        wrong, unseen = self.merged.groups([inside * ~self.right, outside])
-        rejected = wrong + unseen
-        pairs = np.einsum("rg,rg->r", kept.cumsum(1) - kept / 2, rejected)
-        every = kept.sum(1) * rejected.sum(1)
-        return np.divide(pairs, every, out=np.full_like(pairs, np.nan), where=every > 0)
+        return self.pairs(inside[:, ~self.wrong], np.concatenate([inside[:, self.wrong], outside], axis=1))
 
 
 class ScodAurc(Statistic):

@@ -20,7 +20,7 @@ from ..adapters.errors import DataError, OptionError
 from ..adapters.linear_probe import LinearProbe, fit_linear_probe
 from .arrays import Array, as_numpy, finite, same_rows
 from .metrics import check_labels
-from .search import as_unit, neighbours
+from .search import directions, neighbours
 
 VOTES = 1 << 22  # class scores summed at a time
 
@@ -67,7 +67,7 @@ def neighbour_votes(
     train, own, other = _checked(features, label, test)
     if temperature is not None and not temperature > 0.0:
         raise OptionError(f"temperature={temperature} was given; expected a number above 0, or None")
-    train, other = (_unit(name, rows) for name, rows in (("the features", train), ("the test features", other)))
+    train, other = (directions(name, rows) for name, rows in (("the features", train), ("the test features", other)))
     nearest = neighbours(other, train, k=k)
     votes = np.zeros((len(other), int(own.max()) + 1))
     step = max(1, VOTES // (k * train.shape[1]))
@@ -87,7 +87,9 @@ def nearest_label(features: Array, label: Array, test: Array, *, normalise: bool
     """
     train, own, other = _checked(features, label, test)
     if normalise:
-        train, other = (_unit(name, rows) for name, rows in (("the features", train), ("the test features", other)))
+        train, other = (
+            directions(name, rows) for name, rows in (("the features", train), ("the test features", other))
+        )
     return own[neighbours(other, train)[:, 0]]
 
 
@@ -125,10 +127,3 @@ def _checked(features: Array, label: Array, test: Array) -> tuple[np.ndarray, np
     if train.shape[1] != other.shape[1]:
         raise DataError(f"the features have {train.shape[1]} dimensions and the test features {other.shape[1]}")
     return train, own.astype(np.int64), other
-
-
-def _unit(name: str, rows: np.ndarray) -> np.ndarray:
-    zero = np.flatnonzero(~rows.any(1))
-    if len(zero):
-        raise DataError(f"{name} have no direction in {len(zero)} rows, which are 0 (rows {zero[:5].tolist()})")
-    return as_unit(rows)

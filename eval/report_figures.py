@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .bootstrap import bootstrap_curve
+from .class_labels import has_classes
 from .inputs import Scored
 from .metrics import confidence_and_correct
 from .reliability import reliability
@@ -100,10 +101,3 @@ def figures_of(
         for name in scores[0]
     }
     return found
-
-
-def has_classes(one: Scored) -> bool:
-    """Whether there are logits and labels that are their classes, so that confidences can be right or wrong."""
-    if one.logits is None or one.label is None or one.label.ndim != 1:
-        return False
-    return bool(one.label.min() >= 0 and one.label.max() < one.logits.shape[1])

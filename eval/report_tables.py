@@ -10,14 +10,15 @@ import numpy as np
 
 from ..adapters.errors import DataError, OptionError
 from .calibration import calibration_table
+from .class_labels import doubtful_labels, has_classes, mistakes
 from .dataset_notes import parts_by_class, preprocessing_notes, unremoved_classes
 from .inputs import Scored
 from .ood import check_overlap, ood_table
-from .report_figures import drawn_names, figures_of, has_classes
+from .report_figures import drawn_names, figures_of
 from .report_images import Strip, can_show, gallery, retrieval_strips
 from .retrieval import embedding_table, retrieve, score_table
 from .scaling import scaled
-from .score_rows import REFERENCE, doubtful_labels, mistakes, score_all
+from .score_rows import REFERENCE, score_all
 from .search import directions
 from .selective import selective_table
 from .table import Table

@@ -18,7 +18,6 @@ from ..adapters.files import CONFIG_NAME
 from ..adapters.source_base import Source
 from ..adapters.store import read_manifest
 from . import augmentation, baselines
-from .arrays import first_few
 from .command import TableCommand
 from .detectors import Training, ensemble, fit_detectors, last_layer
 from .inputs import Scored, head_scores, open_model, overlap, read, same_network
@@ -101,43 +100,6 @@ def ensemble_of_heads(model: Any, scores: dict[str, np.ndarray]) -> dict[str, np
     return {"ensemble of heads": ensemble([scores[name] for name in names], kept)}
 
 
-def mistakes(one: Scored) -> tuple[np.ndarray | None, str | None]:
-    """The classifier's mistakes on a set, bool [N]; None, and why, where its labels are not all the classifier's classes."""
-    if one.correct is None:
-        return None, None
-    if one.label is not None and one.logits is not None and one.label.ndim == 1:
-        classes = one.logits.shape[1]
-        odd = (one.label < 0) | (one.label >= classes)
-        if odd.any() and np.array_equal(one.correct, np.asarray(one.logits).argmax(1) == one.label):
-            seen = np.unique(one.label[odd])
-            return None, (
-                f"{int(odd.sum())} of {one.rows} labels of {one.name} ({first_few(seen)}) are none of the classifier's "
-                f"{classes} classes (0 to {classes - 1}), so its mistakes there are not known: give these images labels it "
-                "was trained on"
-            )
-    if not one.correct.any():
-        return None, f"the classifier is never right on {one.name}; are these labels its classes?"
-    return ~one.correct, None
-
-
-def doubtful_labels(one: Scored) -> list[str]:
-    """A note where a set's labels fit the classifier so badly that they may be of other classes: else none.
-
-    They do where they cover fewer classes than the classifier has and it is right for less than twice the share of the
-    commonest label (at most half the images).
-    """
-    if one.correct is None or one.label is None or one.logits is None or one.label.ndim != 1:
-        return []
-    counts, classes = np.unique(one.label, return_counts=True)[1], one.logits.shape[1]
-    accuracy = one.correct.mean()
-    if len(counts) >= classes or accuracy >= min(2 * counts.max() / one.rows, 0.5):
-        return []
-    return [
-        f"the classifier is right for {accuracy:.1%} of {one.name}, whose labels are of {len(counts)} of its {classes} classes: "
-        "are these labels the classifier's classes?"
-    ]
-
-
 def seen_by_heads(model: Any, images: Features | Source | None) -> bool:
     """Whether the heads of a fitted model were fitted on some of these images, by the fingerprint of the whole data set.
 
@@ -216,13 +178,9 @@ def _scaled(found: list[dict[str, np.ndarray]], sets: Sequence[Scored], held_out
 def _augmented(found: list[dict[str, np.ndarray]], sets: Sequence[Scored], views: Sequence[Features] | None) -> None:
     own = [one.features for one in sets]
     given = [one for one in (own if views is None else views) if one is not None and one.views > 1]
-    if len(given) < len(sets):
-        return
-    for scores, one in zip(found, given, strict=True):
-        if all(other.logits is not None for other in given):
-            scores["entropy, augmented"] = augmentation.entropy_of_mean(one.logits)
-            scores["mutual information, augmented"] = augmentation.mutual_information(one.logits)
-        scores["embedding spread, augmented"] = augmentation.embedding_spread(one.embedding)
+    if len(given) == len(sets):
+        for scores, more in zip(found, augmentation.augmented_scores(given), strict=True):
+            scores.update(more)
 
 
 def _fitted(

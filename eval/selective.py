@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..adapters.errors import DataError
+from .class_labels import doubtful_labels, mistakes
 from .command import run_command
 from .inputs import Scored, not_constant, read
-from .score_rows import REFERENCE, RowsCommand, doubtful_labels, mistakes
+from .score_rows import REFERENCE, RowsCommand
 from .selective_statistics import AccuracyAtCoverage, Augrc, ExcessAurc, FailureAuroc
 from .statistics import Aurc
 from .table import Table, fill, over_seeds

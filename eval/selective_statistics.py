@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..adapters.errors import OptionError
-from .arrays import Array, finite
-from .statistics import Aurc, Kept, SelectiveAccuracy, Statistic
+from .arrays import Array, finite, same_rows, truth
+from .statistics import Aurc, Kept, Pairs, SelectiveAccuracy, Statistic
 
 
 class ExcessAurc(Aurc):
@@ -69,12 +69,10 @@ class FailureAuroc(Statistic):
     """
 
     def __init__(self, uncertainty: Array, wrong: Array) -> None:
-        self.kept = Kept(uncertainty, wrong)
-        self.sizes = (len(self.kept.order),)
+        u, self.wrong = finite("uncertainty", uncertainty), truth("wrong", wrong)
+        same_rows(uncertainty=u, wrong=self.wrong)
+        self.sizes = (len(u),)
+        self.pairs = Pairs(u[~self.wrong], u[self.wrong])
 
     def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
-        weight, errors = self.kept(counts[0])
-        right = weight - errors
-        pairs = np.einsum("rg,rg->r", right.cumsum(1) - right / 2, errors)
-        every = right.sum(1) * errors.sum(1)
-        return np.divide(pairs, every, out=np.full_like(pairs, np.nan), where=every > 0)
+        return self.pairs(counts[0][:, ~self.wrong], counts[0][:, self.wrong])

@@ -21,13 +21,14 @@ from tqdm import tqdm
 from ..adapters.distributed import check_launch
 from ..adapters.errors import DataError, OptionError
 from .bootstrap import Interval, bootstrap, bootstrap_difference, percentile_interval, resampled_values
+from .class_labels import doubtful_labels, usable_labels
 from .command import check_writable, run_command
 from .corruptions import KINDS, SEVERITIES, check_corruption
 from .datasets import check_there
 from .inputs import Scored, not_constant, open_model
 from .metrics import confidence_and_correct, nll_per_image
 from .scaling import fit_scaling
-from .score_rows import REFERENCE, doubtful_labels, score_all
+from .score_rows import REFERENCE, score_all
 from .shift_statistics import AveragedEce, Joined, Means
 from .statistics import Aurc, Ece, Statistic
 from .table import Cell, Table, cell
@@ -128,18 +129,6 @@ def shifted(
             result.confidence[name], result.correct[name] = (np.stack(part, 1) for part in zip(*pairs, strict=True))
             result.nll[name] = np.stack([nll_per_image(one, label) for one in log_p], axis=1)
     return result
-
-
-def usable_labels(one: Scored) -> tuple[np.ndarray | None, str]:
-    """Class indices [N] of the classifier (of soft labels the likeliest), or None and why there are none."""
-    if one.label is None:
-        return None, "the images have no labels"
-    if one.logits is None:
-        return None, "the backbone has no classifier"
-    label = one.label if one.label.ndim == 1 else one.label.argmax(1)
-    if label.max() >= one.logits.shape[1] or (np.asarray(one.logits).argmax(1) != label).all():
-        return None, "the classifier is never right; are these labels its classes?"
-    return label, ""
 
 
 def _log_probabilities(model: Any, sets: Sequence[Scored], held_out: Scored | None) -> dict[str, list[np.ndarray]]:

@@ -60,12 +60,10 @@ class Auroc(Statistic):
         inside = finite("the ID uncertainty", id_uncertainty)
         outside = finite("the OOD uncertainty", ood_uncertainty)
         self.sizes = (len(inside), len(outside))
-        self.order, self.below, self.upto = _ranking(inside, outside)
+        self.pairs = Pairs(inside, outside)
 
     def __call__(self, counts: Sequence[np.ndarray]) -> np.ndarray:
-        inside, outside = counts
-        ranks = _mid_ranks(inside, self.order, self.below, self.upto)
-        return np.einsum("rm,rm->r", ranks, outside) / (inside.sum(1) * outside.sum(1))
+        return self.pairs(*counts)
 
 
 class Spearman(Statistic):
@@ -202,6 +200,19 @@ class Kept:
         return np.add.reduceat(ordered, self.starts, axis=1), np.add.reduceat(
             ordered * self.marked, self.starts, axis=1
         )
+
+
+class Pairs:
+    """Share of the pairs of a low [N] and a high [M] in which the high number is the larger, ties half; checks nothing."""
+
+    def __init__(self, low: np.ndarray, high: np.ndarray) -> None:
+        self.ranking = _ranking(low, high)
+
+    def __call__(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Counts [R, N] and [R, M] -> [R]; NaN where either side has none."""
+        larger = np.einsum("rm,rm->r", _mid_ranks(low, *self.ranking), high)
+        every = low.sum(1) * high.sum(1)
+        return np.divide(larger, every, out=np.full_like(larger, np.nan), where=every > 0)
 
 
 def _ranking(values: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import posthoc
-from posthoc.cli import main, write_table
+from posthoc.adapters.score_table import write_table
+from posthoc.cli import main
 
 NAME = "test_vit"  # 0.4 M parameters
 
@@ -113,6 +114,21 @@ def test_a_table_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(posthoc.PosthocError, match="cannot write"):
         write_table(tmp_path / "file" / "table.csv", {"a": [1]})
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.parquet"])
+def test_a_table_is_whole_or_not_there(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "made" / name
+    columns = {"path": ["a,b", 'c"d', "é"], "uncertainty": [0.1, 1e-300, 2.0]}
+    for _ in range(2):
+        write_table(path, columns)
+        assert [one.name for one in path.parent.iterdir()] == [name]
+    if path.suffix == ".parquet":
+        assert pyarrow.parquet.read_table(path).to_pydict() == columns
+    else:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        assert [row["path"] for row in rows] == columns["path"]
+        assert [float(row["uncertainty"]) for row in rows] == columns["uncertainty"]
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,8 +172,8 @@ def test_memory_of_calibration_does_not_grow_with_the_pairs(monkeypatch: pytest.
 
 def test_certain_queries_and_the_set_of_everything() -> None:
     query, kappa, label, gallery, _, label_g = toy()
-    near = gallery[:1] * 2.0 + 0.0  # the same direction, but no copy of the row before it is normalised
-    near[0, 0] = np.nextafter(near[0, 0], 9)
+    near = gallery[:1] * 2.0  # the same direction but for rounding, so that it is no copy of the row
+    near[0, 0] *= 1.0 + 1e-14
     sets = CredibleSets(gallery, label_g)
     assert [a.tolist() for a in sets.members(near, np.array([np.inf]))] == [[0], [0]]
     assert sets.true_radii(near, np.array([np.inf]), label_g[:1]).radius[0] == 0.0
@@ -182,6 +182,14 @@ def test_certain_queries_and_the_set_of_everything() -> None:
     assert everything["missed"] == 0.0
     rare = sets.calibrate(query[:3], kappa[:3], label_g[:3], alpha=0.1)
     assert rare.radius == np.inf  # three queries cannot show a loss below a quarter
+
+
+def test_copies_of_gallery_rows_are_found_at_every_radius() -> None:
+    _, kappa, label, gallery, _, label_g = toy()
+    sets = CredibleSets(gallery, label_g)
+    for one in (sets, sets.with_radius(2.0), sets.with_radius(2.0).with_radius(3.0)):
+        with pytest.raises(DataError, match="30 queries are gallery rows bit for bit"):
+            one.evaluate(gallery, kappa[:30], label[:30])
 
 
 def test_a_radius_taken_from_a_pair_holds_that_pair() -> None:
@@ -212,12 +220,14 @@ Q, K, L, G, KG, LG = toy()
         (lambda: CredibleSets(G, LG, KG[:3]), DataError, "gallery 30, concentration 3"),
         (lambda: CredibleSets(G, LG).members(Q, K[:3]), DataError, "lengths differ"),
         (lambda: CredibleSets(G, LG).members(Q[:, :4], K), DataError, "4 dimensions and the gallery 5"),
-        (lambda: CredibleSets(G * [[0.0]], LG), DataError, "30 rows are 0"),
+        (lambda: CredibleSets(G * [[0.0]], LG), DataError, "the gallery: 30 of 30 rows are 0"),
         (lambda: CredibleSets(np.where(G > 2, np.nan, G), LG), DataError, "not finite"),
         (lambda: CredibleSets(G[:0], LG[:0]), DataError, "at least one row"),
         (lambda: CredibleSets(G, LG).members(Q, -K), DataError, "at least 0"),
         (lambda: CredibleSets(G, LG, alpha=0.0), OptionError, "alpha=0"),
         (lambda: CredibleSets(G, LG, radius=-1.0), OptionError, "radius=-1"),
+        (lambda: CredibleSets(G, LG).with_radius(np.nan), OptionError, "radius=nan"),
+        (lambda: CredibleSets(G[:, :1], LG), DataError, r"D >= 2\]; these are of shape \(30, 1\)"),
         (lambda: CredibleSets(G, LG[:, None]), DataError, "one for each row"),
     ],
 )

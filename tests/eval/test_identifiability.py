@@ -199,7 +199,7 @@ H = np.random.default_rng(0).normal(size=(20, 3))
         (lambda: mean_correlation(H[:, :2], H), DataError, "cannot be matched"),
         (lambda: mean_correlation(H * [1, 1, 0], H), DataError, "representation is constant"),
         (lambda: cosine_agreement(H[:2], H[:2]), DataError, "3 or more"),
-        (lambda: cosine_agreement(H * 0, H), DataError, "zeros in 20 rows"),
+        (lambda: cosine_agreement(H * 0, H), DataError, "the representation: 20 of 20 rows are 0"),
         (lambda: cosine_agreement(np.ones((5, 2)), H[:5]), DataError, "estimated cosines are constant"),
         (lambda: concentration_agreement(np.ones(4), np.arange(4)), DataError, "estimated concentrations are constant"),
         (lambda: concentration_agreement(np.arange(4.0), np.full(4, np.inf)), DataError, "not finite in 4"),

@@ -71,6 +71,6 @@ def test_bad_input_is_one_clear_error(call, message):
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)  # what an uninstalled package looks like to import
     with pytest.raises(PosthocError, match=r"scikit-learn.*posthoc\[eval\]"):
-        metrics.auroc([0.0], [1.0])
+        extras.require("sklearn.metrics", "scikit-learn")
     with pytest.raises(PosthocError, match=r"posthoc\[demo\]"):
         extras.require("no_such_module_of_anyone", "that package", "demo")

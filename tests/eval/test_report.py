@@ -493,6 +493,15 @@ def test_scores_alone_are_enough(report):
     assert "Calibration" not in html
 
 
+def test_labels_that_cannot_be_the_classifiers_bring_neither_calibration_nor_mistakes(report):
+    inside, outside = sets()
+    never = (np.asarray(inside.logits).argmax(1) + 1) % 4
+    results, told, _ = report(Scored("photos", {"u": inside.scores["mine"]}, never, logits=inside.logits), outside)
+    (table,) = [table for _, table in results.tables]
+    assert "no scod: the classifier is never right on photos; are these labels its classes?" in table.notes
+    assert set(told["figures"]) == {"histograms"}
+
+
 def test_the_command(tmp_path, capsys):
     for name, shift in (("photos", 0.0), ("textures", 1.0)):
         np.savez(tmp_path / f"{name}.npz", **arrays(seed=int(shift), shift=shift))

@@ -1,4 +1,4 @@
-"""The rows of tables: temperature, views, ensemble, seeds, settings tuned without an OOD row, labels that are no classes."""
+"""The rows of tables: temperature, views, ensemble, seeds, settings tuned without an OOD row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from posthoc.adapters.features import Features
 from posthoc.cli import main
 from posthoc.eval import augmentation, baselines, score_rows
 from posthoc.eval.inputs import Scored, from_features
-from posthoc.eval.score_rows import doubtful_labels, mistakes, score_all, seen_by_heads, trained_rows
+from posthoc.eval.score_rows import score_all, seen_by_heads, trained_rows
 from posthoc.eval.table import Table, cell, over_seeds
 from posthoc.eval.tuning import KNN, choose, methods
 from posthoc.eval.views import cropped, open_rows
@@ -127,32 +127,6 @@ def test_heads_on_the_images_they_were_fitted_on_are_told(tmp_path):
     assert not seen_by_heads(backbone, every)
 
 
-def test_labels_that_may_be_of_other_classes_are_doubted(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(200, 10))
-    label = np.arange(200) % 4
-    doubted = Scored("odd", {}, label, logits=logits)
-    accuracy = (logits.argmax(1) == label).mean()
-    (note,) = doubtful_labels(doubted)
-    assert note == (
-        f"the classifier is right for {accuracy:.1%} of odd, whose labels are of 4 of its 10 classes: are these labels the "
-        "classifier's classes?"
-    )
-    right = logits + 9 * np.eye(10)[label]
-    assert doubtful_labels(Scored("some", {}, label, logits=right)) == []  # four classes of ten, well told
-    assert doubtful_labels(Scored("all", {}, np.arange(200) % 10, logits=logits)) == []  # bad, but of all classes
-    for name, values in (("odd", label), ("out", None)):
-        more = {} if values is None else {"label": values}
-        np.savez(tmp_path / f"{name}.npz", logits=logits if more else rng.normal(size=(50, 10)) / 2, **more)
-    main(["eval", "ood", "--id", str(tmp_path / "odd.npz"), "--ood", str(tmp_path / "out.npz"), *FEW])
-    (table,) = json.loads(capsys.readouterr().out)
-    assert note in table["notes"]
-    assert any(f"mistakes (accuracy {accuracy:.4f})" in one for one in table["notes"])
-    main(["eval", "selective", "--data", str(tmp_path / "odd.npz"), *FEW])
-    (table,) = json.loads(capsys.readouterr().out)
-    assert note in table["notes"]
-
-
 def test_retrieval_fits_the_detectors_once_for_queries_and_gallery(tmp_path, capsys, monkeypatch):
     fits = []
     fit = score_rows.fit_detectors
@@ -180,11 +154,12 @@ def test_settings_are_the_best_of_their_grid_on_the_mistakes_and_no_scored_row_m
     assert inside[f"kNN (tuned, k={k})"] == pytest.approx(baselines.knn(TEST.embedding, TRAIN.embedding, k=k))
     assert "kNN (k=50)" in inside
     bases = {name.partition(" (")[0] for name in inside if "tuned" in name}
-    assert bases == {"kNN", "energy", "ViM", "DICE", "ReAct", "ASH-S", "ASH-B", "SCALE", "VRA", "GEN"}
+    shaping = {"ReAct", "ASH-S", "ASH-B", "SCALE", "VRA", "LTS"}
+    assert bases == {"kNN", "energy", "GMM", "ViM", "DICE", "NNGuide", "NCI", "GEN", "OpenMax"} | shaping
     assert bases - {"kNN"} <= set(inside)  # the default beside it
     (note,) = [one for one in notes if one.startswith("tuned on")]
     assert f"200 labelled ID images of held, {wrong.sum()} of them mistakes" in note
-    assert "5 values for each of energy, kNN, ViM" in note
+    assert "5 values for each of energy, kNN, GMM, ViM" in note
     (again, _), _ = score_all([TEST, world(50, 11, 0.5)], TRAIN, held_out=HELD, tuned=True)
     assert list(again) == list(inside)
     assert np.array_equal(again[f"kNN (tuned, k={k})"], inside[f"kNN (tuned, k={k})"])
@@ -212,37 +187,6 @@ def test_stored_views_give_augmented_rows():
     plain = Features.from_arrays(rng.normal(size=(20, 5)), logits=rng.normal(size=(20, 4)))
     (alone, _), _ = score_all([sets[0], from_features("plain", plain)])
     assert "entropy, augmented" not in alone
-
-
-def test_labels_that_are_no_classes_are_no_mistakes():
-    label = TEST.label.copy()
-    label[:30] = 7
-    label[30] = -1
-    odd = Scored("odd", {}, label, logits=TEST.logits)
-    wrong, why = mistakes(odd)
-    assert wrong is None
-    assert why.startswith("31 of 200 labels of odd (-1, 7) are none of the classifier's 4 classes (0 to 3)")
-    known = Scored("known", {}, label, np.ones(200, bool), logits=TEST.logits)  # told by the file itself
-    assert np.array_equal(mistakes(known)[0], np.zeros(200, bool))
-    never = Scored("never", {}, (TEST.logits.argmax(1) + 1) % 4, logits=TEST.logits)
-    assert "never right" in mistakes(never)[1]
-    assert np.array_equal(mistakes(TEST)[0], TEST.logits.argmax(1) != TEST.label)
-
-
-def test_partial_labels_in_the_commands(tmp_path, capsys):
-    label = TEST.label.copy()
-    label[:30] = 7
-    paths = []
-    for name, one, labels in (("in", TEST, label), ("out", FAR, FAR.label)):
-        paths.append(str(tmp_path / f"{name}.npz"))
-        np.savez(paths[-1], label=labels, logits=one.logits)
-    main(["eval", "ood", "--id", paths[0], "--ood", paths[1], *FEW])
-    (table,) = json.loads(capsys.readouterr().out)
-    assert not any("scod" in metric for metric in table["scores"]["entropy"])
-    assert any(note.startswith("no scod: 30 of 200 labels of in (7) are none") for note in table["notes"])
-    with pytest.raises(SystemExit):
-        main(["eval", "selective", "--data", paths[0], *FEW])
-    assert "30 of 200 labels of in (7) are none" in capsys.readouterr().err
 
 
 def test_over_seeds_is_the_mean_and_the_standard_deviation():

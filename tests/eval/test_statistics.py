@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from posthoc import PosthocError
-from posthoc.eval.statistics import Aurc, Auroc, Ece, Mean, SelectiveAccuracy, Spearman
+from posthoc.eval.statistics import Aurc, Auroc, Ece, Mean, Pairs, SelectiveAccuracy, Spearman
 
 few = settings(max_examples=60, deadline=None)
 
@@ -36,6 +36,14 @@ def test_auroc_is_scikit_learns_and_the_share_of_pairs(n, m, data):
     assert value == pytest.approx(roc_auc_score(truth, np.r_[inside, outside]), abs=1e-12)
     pairs = (outside[:, None] > inside) + 0.5 * (outside[:, None] == inside)
     assert value == pytest.approx(pairs.mean(), abs=1e-12)
+
+
+def test_pairs_are_counted_as_often_as_their_rows_and_without_any_there_is_no_share():
+    low, high = np.array([1.0, 3.0]), np.array([2.0, 3.0])
+    counts = np.array([[1.0, 1.0], [2.0, 0.0], [1.0, 3.0], [0.0, 0.0]]), np.array([[1.0, 1.0]] * 3 + [[1.0, 0.0]])
+    np.testing.assert_array_equal(Pairs(low, high)(*counts), [2.5 / 4, 1.0, 3.5 / 8, np.nan])
+    np.testing.assert_array_equal(Pairs(low, high[:0])(counts[0], np.empty((4, 0))), [np.nan] * 4)
+    np.testing.assert_array_equal(Pairs(low[:0], high)(np.empty((4, 0)), counts[1]), [np.nan] * 4)
 
 
 @few
