@@ -44,7 +44,7 @@ class Hub:
     commits: dict[str, str] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
-    moves: bool = False
+    moves_after: int | None = None
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         repo, _, rest = path.strip("/").partition("/resolve/")
@@ -60,8 +60,10 @@ class Hub:
         content = self.repos[repo][commit].get(name)
         if content is None:
             return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
-        if self.moves and revision == "main":
-            self.commits["main"] = NEW  # somebody pushes right after the first request
+        if self.moves_after is not None and revision == "main":
+            self.moves_after -= 1
+            if self.moves_after == 0:
+                self.commits["main"] = NEW  # somebody pushes right after the config was sent
         return 200, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content
 
 
@@ -144,7 +146,7 @@ def test_pull_fetches_three_files_of_one_commit_and_names_what_is_wrong(hub: tup
     }
     server.commits = {"main": OLD, "v2": NEW}
     server.gated = {"org/gated"}
-    server.moves = True
+    server.moves_after = 2 + 1  # its size, its address, its content
     three = [files.CARD_NAME, files.WEIGHTS_NAME, files.CONFIG_NAME]
     asks = [
         ("org/good", None),
