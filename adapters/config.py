@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -15,18 +16,26 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from .errors import AdapterError, suggest
+from .migrations import migrate
 
 SCHEMA_VERSION = 1
 SOURCES = ("timm", "hub", "module")
+SCOPES = ("embedding", "logits")
+WEIGHTS = ("pretrained", "checkpoint", "random", "as given")
 MAX_DIM = 2**24
 MAX_OPTION = 2**20  # no option of a head is a larger whole number; larger ones would only exhaust memory
+MAX_NUMBER = 1e30  # what a float32 holds with room for a product
+MAX_DEPTH = 32  # of lists and objects in each other; what works on a deeper value may run out of stack
+MAX_NAME = 200
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # moves a terminal's cursor, or is no text at all
 PATTERNS = {
     "timm": re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*"),
     "hub": re.compile(r"(hf-hub:|hf_hub:)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"),
     "module": re.compile(r"[\w.<>-]+"),
-    "revision": re.compile(r"[A-Za-z0-9][\w./-]*"),
+    "revision": re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*"),  # the hub's cache makes a path of it
     "head": re.compile(r"[a-z][a-z0-9-]*"),
     "sha256": re.compile(r"[0-9a-f]{64}"),
+    "version": re.compile(r"[A-Za-z0-9][\w.+!-]*"),
 }
 
 
@@ -96,15 +105,7 @@ class AdapterConfig:
     @classmethod
     def from_json(cls, text: str, where: str = "adapter_config.json") -> AdapterConfig:
         """Read and check a config. Raises AdapterError that names the field, what it holds and what was expected."""
-        raw = _parse(text, where)
-        version = raw.get("schema_version")
-        if version != SCHEMA_VERSION or isinstance(version, bool):
-            newer = isinstance(version, int) and version > SCHEMA_VERSION
-            hint = "it was written by a newer posthoc: upgrade with `pip install -U posthoc`" if newer else "damaged?"
-            raise AdapterError(
-                f"{where}: schema_version is {version!r}, this posthoc reads {SCHEMA_VERSION} ({hint}), "
-                "or fit the adapter again"
-            )
+        raw = migrate(_parse(text, where), SCHEMA_VERSION, where)
         config = _read(cls, raw, where)
         _check(config, where)
         return config
@@ -115,19 +116,45 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         raise AdapterError(f"{where}: {name} is not a JSON number")
 
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) != len(names):
-            twin = next(name for name in names if names.count(name) > 1)
-            raise AdapterError(f"{where}: the field {twin!r} stands twice in one object")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twin = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise AdapterError(f"{where}: the field {_short(twin)} stands twice in one object")
+        return found
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if math.isinf(value):  # 1e999, which Python reads as infinity
+            raise AdapterError(f"{where}: {_short(number)} is too large a number")
+        return value
 
     try:
-        raw = json.loads(text, parse_constant=no_constant, object_pairs_hook=no_twins)
+        raw = json.loads(text, parse_constant=no_constant, parse_float=finite, object_pairs_hook=no_twins)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{where} is not valid JSON ({error}): it is truncated or damaged, get it again") from error
     if not isinstance(raw, dict):
         raise AdapterError(f"{where} holds a {type(raw).__name__}, expected one JSON object")
+    _check_values(raw, where)
     return raw
+
+
+def _check_values(raw: dict[str, Any], where: str) -> None:
+    """Depth, characters and numbers of everything in the file, so that whatever works on it later need not ask."""
+    level: list[Any] = [raw]
+    for _ in range(MAX_DEPTH):
+        for value in level:
+            for text in value if isinstance(value, dict) else [value]:
+                if isinstance(text, str) and CONTROL.search(text):
+                    raise AdapterError(f"{where}: the text {_short(text)} holds control characters or broken ones")
+            if type(value) is int and abs(value) >= 2**63:
+                raise AdapterError(f"{where}: a whole number of {value.bit_length()} bits is too large")
+        level = [
+            item for v in level if isinstance(v, dict | list) for item in (v.values() if isinstance(v, dict) else v)
+        ]
+        if not level:
+            return
+    raise AdapterError(f"{where}: more than {MAX_DEPTH} lists and objects in each other")
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
@@ -144,7 +171,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin is list and isinstance(value, list):
         return [_read(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return {name: _read(args[1], item, f"{where}.{name}") for name, item in value.items()}
+        return {name: _read(args[1], item, f"{where}.{_short(name)}") for name, item in value.items()}
     if origin is None and type(value) is kind:
         return value
     expected = getattr(origin or kind, "__name__", str(kind))
@@ -167,39 +194,67 @@ def _read_fields(kind: Any, value: Any, where: str) -> Any:
 
 
 def _check(config: AdapterConfig, where: str) -> None:
-    backbone = config.backbone
-    if backbone.source not in ("timm", "hub", "module"):
+    _check_backbone(config.backbone, where)
+    _match("sha256", config.weights.sha256, f"{where}: fingerprint")
+    for version in config.versions.values():
+        _match("version", version, f"{where}: version")
+    if not config.heads:
+        raise AdapterError(f"{where} names no head")
+    names = [head.name for head in config.heads]
+    for name in names:
+        _match("head", name, f"{where}: head name")
+    if len(set(names)) != len(names):
+        raise AdapterError(f"{where}: a head stands twice among {', '.join(names)[:200]}")
+    for head in config.heads:
+        if head.scope not in config.backbone.fingerprints:
+            raise AdapterError(
+                f"{where}: head {head.name!r} has the scope {_short(head.scope)}, which has no fingerprint"
+            )
+        _check_head(head, where)
+
+
+def _check_backbone(backbone: BackboneConfig, where: str) -> None:
+    if backbone.source not in SOURCES:
+        raise AdapterError(f"{where}: backbone source {_short(backbone.source)}: {suggest(backbone.source, SOURCES)}")
+    if backbone.weights not in WEIGHTS:
         raise AdapterError(
-            f"{where}: backbone source {_short(backbone.source)}: {suggest(backbone.source, ('timm', 'hub', 'module'))}"
+            f"{where}: backbone weights {_short(backbone.weights)}: {suggest(backbone.weights, WEIGHTS)}"
         )
     _match(backbone.source, backbone.name, f"{where}: backbone name")
     if backbone.revision is not None:
         _match("revision", backbone.revision, f"{where}: backbone revision")
+    for layer in (backbone.feature_layer, backbone.classifier_layer):
+        if layer is True or (isinstance(layer, str) and not 1 <= len(layer) <= MAX_NAME):
+            raise AdapterError(f"{where}: {_short(layer)} is not the name of a layer")
     for name, value in (("embedding_dim", backbone.embedding_dim), ("penultimate_dim", backbone.penultimate_dim)):
         if value is not None and not 1 <= value <= MAX_DIM:
             raise AdapterError(f"{where}: {name} is {value}, expected 1 to {MAX_DIM}")
     if not 0 <= backbone.num_classes <= MAX_DIM:
         raise AdapterError(f"{where}: num_classes is {backbone.num_classes}, expected 0 to {MAX_DIM}")
-    for digest in [*backbone.fingerprints.values(), config.weights.sha256]:
+    for scope, digest in backbone.fingerprints.items():
+        if scope not in SCOPES:
+            raise AdapterError(f"{where}: fingerprint of {_short(scope)}: {suggest(scope, SCOPES)}")
         _match("sha256", digest, f"{where}: fingerprint")
-    if not config.heads:
-        raise AdapterError(f"{where} names no head")
-    names = [head.name for head in config.heads]
-    if len(set(names)) != len(names):
-        raise AdapterError(f"{where}: a head stands twice among {', '.join(names)}")
-    for head in config.heads:
-        _match("head", head.name, f"{where}: head name")
-        if head.scope not in backbone.fingerprints:
-            raise AdapterError(f"{where}: head {head.name!r} has the scope {head.scope!r}, which has no fingerprint")
-        if not 0 <= head.classes <= MAX_DIM:
-            raise AdapterError(f"{where}: classes of head {head.name!r} is {head.classes}, expected 0 to {MAX_DIM}")
-        for option, value in head.options.items():
-            if isinstance(value, int) and abs(value) > MAX_OPTION:
-                raise AdapterError(f"{where}: option {option} of head {head.name!r} is {value}, above {MAX_OPTION}")
+
+
+def _check_head(head: HeadConfig, where: str) -> None:
+    if not 0 <= head.classes <= MAX_DIM:
+        raise AdapterError(f"{where}: classes of head {head.name!r} is {head.classes}, expected 0 to {MAX_DIM}")
+    for option, value in head.options.items():
+        told = f"{where}: option {_short(option)[1:-1]} of head {head.name!r}"
+        if isinstance(value, list | dict) or (isinstance(value, str) and len(value) > MAX_NAME):
+            raise AdapterError(f"{told} is {_short(value)}, expected one number, word or null")
+        if isinstance(value, int) and abs(value) > MAX_OPTION:
+            raise AdapterError(f"{told} is {value}, above {MAX_OPTION}")
+        if isinstance(value, float) and abs(value) > MAX_NUMBER:
+            raise AdapterError(f"{told} is {value}, above {MAX_NUMBER}")
+    bound = head.report.get("share_at_bound")
+    if bound is not None and not (type(bound) in (int, float) and 0 <= bound <= 1):
+        raise AdapterError(f"{where}: share_at_bound of head {head.name!r} is {_short(bound)}, expected 0 to 1")
 
 
 def _match(pattern: str, value: str, where: str) -> None:
-    if len(value) > 200 or not PATTERNS[pattern].fullmatch(value):
+    if len(value) > MAX_NAME or not PATTERNS[pattern].fullmatch(value):
         raise AdapterError(f"{where} {_short(value)} is not a {pattern} name: the file is damaged or not to be trusted")
 
 

@@ -37,6 +37,6 @@ def suggest(name: str, known: Iterable[str]) -> str:
     "did you mean 'kappa'? Known: kappa, loss."
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name[:100], known, n=1)  # its time grows with a name that may be a stranger's
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(known)}."

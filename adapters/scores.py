@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .errors import DataError, NotFittedError, OptionError
 
 LEVELS = 1000  # quantile levels 0, 1/1000, ..., 1: 1,001 stored values
+MAX_ROWS = 2**50  # n LEVELS stays a 64-bit number
 GRID = torch.arange(50, LEVELS + 1, 50)  # coverages 5 %, 10 %, ..., 100 % of the risk table, in levels
 
 
@@ -66,9 +67,14 @@ class HeldOutScores(nn.Module):
 
     def check(self) -> None:
         """Raises DataError unless the buffers can have come from `fit` (they may come from a stranger's file)."""
-        n, counts = int(self.rows), self.accepted
-        steps = (self.quantiles.diff(), counts.diff(), n - counts, counts - self.errors)
-        if n < 1 or int(counts[0]) < 1 or any(bool((step < 0).any()) for step in steps):
+        n, counts, errors = int(self.rows), self.accepted, self.errors
+        right = 1 <= n <= MAX_ROWS and bool((self.quantiles.diff() >= 0).all())
+        # as many scores do not exceed a quantile as its level says, or more where scores are equal
+        right = right and bool((counts * LEVELS >= n * GRID.to(counts.device)).all()) and int(counts.max()) <= n
+        right = right and bool((counts.diff() >= 0).all())
+        unknown = bool((errors == -1).all())
+        counted = bool((errors >= 0).all()) and bool((errors <= counts).all()) and bool((errors.diff() >= 0).all())
+        if not (right and (unknown or counted)):
             raise DataError("the held-out scores are not what a fit stores: quantiles must rise, counts must fit them")
 
     def percentile(self, uncertainty: Tensor) -> Tensor:

@@ -151,6 +151,9 @@ def fit_key(head: Head, data: FitData) -> str:
     return digest.hexdigest()
 
 
+MAX_DEPTH = 64  # of a head's network; a stranger's config could ask for a million layers of one number each
+
+
 def check_choice(head: str, option: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise OptionError(f"head {head!r}: {option}={value!r} was given; expected one of {', '.join(allowed)}")
@@ -162,10 +165,11 @@ def check_positive(head: str, **values: float | int | None) -> None:
             raise OptionError(f"head {head!r}: {option}={value!r} was given; expected a positive number")
 
 
-def check_whole(head: str, low: int = 1, **values: int | None) -> None:
+def check_whole(head: str, low: int = 1, high: int | None = None, **values: int | None) -> None:
+    expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
     for option, value in values.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-            raise OptionError(f"head {head!r}: {option}={value!r} was given; expected a whole number of at least {low}")
+        if value is not None and (type(value) is not int or value < low or (high is not None and value > high)):
+            raise OptionError(f"head {head!r}: {option}={value!r} was given; expected {expected}")
 
 
 @dataclass

@@ -98,8 +98,9 @@ class KappaHead(Head):
         self.sphere_dim = d
         self.register_buffer("mean", torch.zeros(dims.embedding))
         self.projection = nn.Linear(dims.embedding, d, bias=False) if c["projection"] is not None else nn.Identity()
-        bounds = torch.tensor([LOWEST_RESULTANT, HIGHEST_RESULTANT], dtype=torch.float64)
-        self.register_buffer("log_range", concentration_from_resultant(bounds, d).log().float())
+        places = torch.tensor([LOWEST_RESULTANT, HIGHEST_RESULTANT, INITIAL_RESULTANT], dtype=torch.float64)
+        log_kappa = concentration_from_resultant(places, d).log()
+        self.register_buffer("log_range", log_kappa[:2].float())
         self.register_buffer("calibration", torch.ones(()))
         if c["parametrization"] == "network":
             self.network: LogSumExpNet | None = LogSumExpNet(dims.embedding, c["width"])
@@ -107,8 +108,7 @@ class KappaHead(Head):
             self.network = None
             self.norm_gain, self.norm_bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
         low, high = self.log_range.tolist()
-        start = math.log(float(concentration_from_resultant(torch.tensor(INITIAL_RESULTANT, dtype=torch.float64), d)))
-        fraction = (start - low) / (high - low)
+        fraction = (float(log_kappa[2]) - low) / (high - low)
         self.offset = math.log(fraction / (1.0 - fraction))  # a raw output of 0 gives A_d(kappa) = 0.9
 
     def posterior(self, embedding: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from ..positives import FeatureTable
 from ..splits import row_uniform
 from ..training import epochs_for, train
 from .base import FeatureDims, FitData, Head
-from .common import ScalarNet, check_choice, check_positive, check_whole, fit_key, moments
+from .common import MAX_DEPTH, ScalarNet, check_choice, check_positive, check_whole, fit_key, moments
 
 STEPS = 1500
 FOLDS = 5
@@ -64,7 +64,8 @@ class LossHead(Head):
         check_choice(self.name, "classifier", classifier, CLASSIFIERS)
         check_choice(self.name, "objective", objective, ("ranking", "mse"))
         check_positive(self.name, margin=margin)
-        check_whole(self.name, width=width, depth=depth)
+        check_whole(self.name, width=width)
+        check_whole(self.name, high=MAX_DEPTH, depth=depth)
 
     def build(self, dims: FeatureDims) -> None:
         self.dims = dims

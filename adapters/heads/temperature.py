@@ -17,7 +17,7 @@ from ..losses.tau import TaU, temperature
 from ..positives import PairSource
 from ..training import TrainResult, epochs_for, train
 from .base import FeatureDims, FitData, Head
-from .common import ScalarNet, check_positive, check_whole, fit_key, held_out_loss, moments, pair_sources
+from .common import MAX_DEPTH, ScalarNet, check_positive, check_whole, fit_key, held_out_loss, moments, pair_sources
 
 STEPS = 500
 BASE_TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -55,7 +55,7 @@ class TemperatureHead(Head):
         )
         check_positive(self.name, base_temperature=base_temperature)
         check_whole(self.name, width=width)
-        check_whole(self.name, low=0, depth=depth)
+        check_whole(self.name, low=0, high=MAX_DEPTH, depth=depth)
 
     base: Tensor
 
