@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters.errors import NotFittedError, PosthocError
-from .adapters.locate import register_puller
+from .adapters.locate import register_hub
 
 if TYPE_CHECKING:
     from . import hub as hub
     from .adapters import heads as heads
     from .adapters.model import UncertainModel, list_heads, load, wrap
     from .adapters.prediction import Prediction
+    from .hub.search import list_adapters
 
 __version__ = version("posthoc")
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Prediction",
     "UncertainModel",
     "heads",
+    "list_adapters",
     "list_heads",
     "load",
     "wrap",
@@ -37,6 +39,7 @@ __all__ = [
 _HOMES = {
     "Prediction": ".adapters.prediction",
     "UncertainModel": ".adapters.model",
+    "list_adapters": ".hub.search",
     "list_heads": ".adapters.model",
     "load": ".adapters.model",
     "wrap": ".adapters.model",
@@ -62,7 +65,13 @@ def __dir__() -> list[str]:
 def _pull(repo_id: str, revision: str | None) -> Path:
     from .hub import pull
 
-    return pull(repo_id, revision)
+    return pull(repo_id, revision, card=False)
 
 
-register_puller(_pull)
+def _push(model: Any, repo_id: str, **options: Any) -> str:
+    from .hub.push import push_model
+
+    return push_model(model, repo_id, **options)
+
+
+register_hub(_pull, _push)

@@ -1,4 +1,4 @@
-"""From what a user gives to `load` to a folder on disk."""
+"""From what a user gives to `load` to a folder on disk, and from a model to the hub."""
 
 from __future__ import annotations
 
@@ -6,31 +6,52 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from .addresses import fetch, is_address
 from .errors import AdapterError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 Puller = Callable[[str, str | None], Path]
-_pullers: list[Puller] = []
+Pusher = Callable[..., str]
+_hubs: list[tuple[Puller, Pusher]] = []
 
 
-def register_puller(pull: Puller) -> None:
-    """Say how a hub id becomes a folder. The public face does; adapters themselves know no hub."""
-    _pullers[:] = [pull]
+def register_hub(pull: Puller, push: Pusher) -> None:
+    """Say how a hub id becomes a folder, and how a model gets there. The public face does; adapters themselves know no hub."""
+    _hubs[:] = [(pull, push)]
+
+
+def publish(model: Any, repo_id: str, **options: Any) -> str:
+    """A model to the hub, by what `register_hub` was given."""
+    if not _hubs:
+        raise AdapterError("no hub is known: import posthoc, which brings it")
+    return _hubs[0][1](model, repo_id, **options)
 
 
 def locate(folder_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The adapter's folder: an existing folder as it is, else the folder the hub id was downloaded to.
+    """The adapter's folder: an existing folder as it is, else the folder an address or a hub id was downloaded to.
 
     Raises AdapterError when it is neither, or cannot be downloaded.
     """
-    folder = Path(folder_or_hub_id).expanduser()
-    if folder.is_dir():
+    folder = _folder(folder_or_hub_id)
+    if folder is not None:
         return folder
     name = os.fspath(folder_or_hub_id)
-    if not HUB_ID.fullmatch(name) or not _pullers:
+    if is_address(name):
+        return fetch(name)
+    if not HUB_ID.fullmatch(name) or not _hubs:
         raise AdapterError(
             f"{name!r} is neither an existing folder nor a hub id like 'org/resnet50-kappa': give the folder that "
-            "save_pretrained wrote, or the id"
+            "save_pretrained wrote, the id, or an address such as s3://bucket/adapter"
         )
-    return _pullers[0](name, revision)
+    return _hubs[0][0](name, revision)
+
+
+def _folder(name: str | os.PathLike[str]) -> Path | None:
+    """The folder of that name, if there is one; a name no file system takes (too long, an unknown ~user) is none."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):
+        return None

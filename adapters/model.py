@@ -16,9 +16,10 @@ from . import checks, fitting, persistence, predicting
 from .backbone import Backbone, BackboneOutput, build_backbone
 from .distributed import check_launch
 from .errors import NotFittedError, OptionError, suggest
+from .files import commit_of
 from .heads import HEADS, make_head
 from .heads.base import Head
-from .locate import locate
+from .locate import locate, publish
 from .prediction import Prediction
 from .scores import HeldOutScores
 from .training import TrainOptions
@@ -119,6 +120,8 @@ class UncertainModel(nn.Module):
         heads: the heads by name, the first one's scores being the plain ones.
         report: by head, what the last fit reported: losses, seconds, rows, held-out scores, share of scores at a bound,
             warnings.
+        loaded_from: of a loaded model the SHA-256 of its weights ("weights"), the "address" that was given, its "revision"
+            and the "commit" it stood for, where it came from a hub.
     """
 
     def __init__(self, backbone: Backbone, heads: Sequence[Head]) -> None:
@@ -128,6 +131,7 @@ class UncertainModel(nn.Module):
         self.held_out = cast("MutableMapping[str, HeldOutScores]", nn.ModuleDict())
         self.report: dict[str, dict[str, Any]] = {}
         self.fitted_on: dict[str, Any] = {}
+        self.loaded_from: dict[str, str | None] = {}
         self.fitted_heads: set[str] = set()
         for head in heads:
             self.add_head(head)
@@ -284,14 +288,42 @@ class UncertainModel(nn.Module):
             self._require_fitted()
         return scores[name].threshold(coverage=coverage, risk=risk, delta=delta)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path) -> Path | str:
         """Write the adapter (adapter.safetensors, adapter_config.json, README.md) and return the folder.
 
-        The backbone's weights are not in it. Raises NotFittedError before `fit`, AdapterError when it cannot be
+        `folder` may be an fsspec address, such as s3://bucket/adapter. The backbone's weights are not in it. What was edited
+        in a README.md that is there stays. Raises NotFittedError before `fit`, AdapterError when it cannot be
         written.
         """
         self._require_fitted()
         return check_launch().on_main(lambda: persistence.save(self, folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        license: str | None = None,
+        evaluation: str | Path | None = None,
+    ) -> str:
+        """Publish the adapter in one commit (`hub.push`), and return the commit's address.
+
+        Args:
+            repo_id: "org/name"; the repository is made if there is none.
+            revision: branch to commit to, made if there is none; None: main.
+            private: of a new repository; None: as the account's default is.
+            create_pr: open a pull request instead of committing.
+            license: the hub's word for the adapter's licence, such as "mit"; None: what the card says.
+            evaluation: folder that `posthoc eval report --output` wrote for this adapter: figures and plots for the card.
+
+        Raises NotFittedError before `fit`, AdapterError when the hub refuses or cannot be reached.
+        """
+        self._require_fitted()
+        options = {"revision": revision, "private": private, "commit_message": commit_message, "create_pr": create_pr}
+        return check_launch().on_main(lambda: publish(self, repo_id, license=license, evaluation=evaluation, **options))
 
     @classmethod
     def from_pretrained(
@@ -306,7 +338,13 @@ class UncertainModel(nn.Module):
         """The same as `posthoc.load`."""
         launch = check_launch()
         folder = launch.on_main(lambda: locate(folder_or_hub_id, revision))
-        return persistence.load(cls, folder, backbone, transform, device)
+        model = persistence.load(cls, folder, backbone, transform, device)
+        model.loaded_from |= {
+            "address": str(folder_or_hub_id),
+            "revision": revision,
+            "commit": commit_of(folder),
+        }
+        return model
 
     def _require_fitted(self) -> None:
         missing = [name for name in self.heads if name not in self.fitted_heads]

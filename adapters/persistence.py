@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
+import typing
 import warnings
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -15,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .backbone import Backbone, build_backbone
+from .addresses import is_address, store
+from .backbone import Backbone, BackboneOutput, build_backbone
 from .card import render_card
 from .config import AdapterConfig, BackboneConfig, HeadConfig, WeightsConfig
 from .distributed import check_launch
 from .errors import AdapterError, BackboneError, PosthocError, suggest
-from .files import read_config, read_weights, replace_file, write_adapter
+from .files import read_card, read_config, read_weights, replace_file, write_adapter
 from .heads import HEADS, FeatureDims, Head, make_head
 from .images import Transform
 from .scores import HeldOutScores
@@ -29,12 +34,21 @@ if TYPE_CHECKING:
     from .model import UncertainModel
 
 HELD_OUT = "held_out"  # the scores of HEAD are the tensors HEAD.held_out.NAME
+MAX_PIXELS = 3 * 1024 * 1024  # of an image of noise: its size is the config's word
 LIBRARIES = ("posthoc", "torch", "torchvision", "timm", "numpy", "safetensors")
 
 
-def save(model: UncertainModel, folder: str | os.PathLike[str]) -> Path:
-    """See `UncertainModel.save_pretrained`."""
-    return write_adapter(folder, _tensors(model), lambda weights: _describe(model, weights), render_card)
+def save(model: UncertainModel, folder: str | os.PathLike[str], address: str | None = None) -> Path | str:
+    """See `UncertainModel.save_pretrained`; `address`: what the card's example loads, if not the folder."""
+    if is_address(folder):
+        with TemporaryDirectory() as place:
+            save(model, place, str(folder))
+            return store(Path(place), str(folder))
+    folder = Path(folder)
+    if address is None:  # no path of this machine in what may be published
+        address = folder.name if folder.is_absolute() else folder.as_posix()
+    card = partial(render_card, address=address, previous=read_card(folder))
+    return write_adapter(folder, _tensors(model), lambda weights: _describe(model, weights), card)
 
 
 def _tensors(model: UncertainModel) -> dict[str, Tensor]:
@@ -49,7 +63,7 @@ def _tensors(model: UncertainModel) -> dict[str, Tensor]:
 def _describe(model: UncertainModel, weights: WeightsConfig) -> AdapterConfig:
     backbone = model.backbone
     scopes = sorted({head.scope for _, head, _ in model.each_head()})
-    return AdapterConfig(
+    described = AdapterConfig(
         backbone=BackboneConfig(
             source=backbone.source,
             name=backbone.name,
@@ -69,6 +83,7 @@ def _describe(model: UncertainModel, weights: WeightsConfig) -> AdapterConfig:
         fit=plain(model.fitted_on["fit"]),
         versions=_versions(),
     )
+    return AdapterConfig.from_json(described.to_json())  # what could not be read again is not written
 
 
 def _describe_head(head: Head, scores: HeldOutScores, report: dict[str, Any]) -> HeadConfig:
@@ -141,9 +156,12 @@ def load(
     heads = [_build(described, dims[described.name], config.weights.bytes, folder) for described in config.heads]
     model = cls(frozen, heads)
     _fill(model, tensors, folder)
+    for described in config.heads:
+        _check_answers(model, described, folder)
     model.report = {head.name: {**head.report, "held_out": head.held_out} for head in config.heads}
     model.fitted_on = {"data": config.data, "fit": config.fit, "preprocessing": config.preprocessing}
     model.fitted_heads.update(model.heads)
+    model.loaded_from = {"weights": config.weights.sha256}
     return model
 
 
@@ -181,9 +199,12 @@ def _attach(
                 f"{frozen.name}, has {found}. Give the weights it was fitted on with load(..., backbone=...), or fit "
                 "the adapter again on these."
             )
-    widths = (described.embedding_dim, frozen.embedding_dim)
-    if widths[0] != widths[1]:
-        raise AdapterError(f"{folder}: its config says embedding_dim {widths[0]}, the backbone has {widths[1]}")
+    # what only heads on the classifier depend on may differ where there are none: the classifier may be another's
+    dims = ["embedding_dim", *(["penultimate_dim", "num_classes"] if "logits" in described.fingerprints else [])]
+    for name in dims:
+        said, found = getattr(described, name), getattr(frozen, name)
+        if said != found:
+            raise AdapterError(f"{folder}: its config says {name} {said}, the backbone has {found}")
     _check_preprocessing(config.preprocessing, frozen.preprocessing, folder)
     return frozen
 
@@ -191,7 +212,7 @@ def _attach(
 def _address(described: BackboneConfig) -> str:
     if described.source == "timm":
         return described.name
-    name = described.name if described.name.startswith("hf-hub:") else f"hf-hub:{described.name}"
+    name = "hf-hub:" + described.name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     return name if described.revision is None else f"{name}@{described.revision}"
 
 
@@ -205,14 +226,15 @@ def _look(backbone: Backbone, preprocessing: dict[str, Any]) -> None:
 
 
 def _is_size(size: Any) -> TypeGuard[list[int]]:
-    return isinstance(size, list) and len(size) == 3 and all(type(n) is int and 1 <= n <= 2048 for n in size)
+    whole = isinstance(size, list) and len(size) == 3 and all(type(n) is int and 1 <= n <= 2048 for n in size)
+    return whole and math.prod(size) <= MAX_PIXELS
 
 
 def _check_preprocessing(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     now = plain(now)
     changed = [name for name in ("input_size", "mean", "std") if name in then and _differs(then[name], now.get(name))]
     if changed:
-        told = "; ".join(f"{name} {then[name]}, now {now[name]}" for name in changed)
+        told = "; ".join(f"{name} {str(then[name])[:60]}, now {now[name]}" for name in changed)
         warnings.warn(
             f"{folder} was fitted with another preprocessing than this backbone's ({told}): scores may shift",
             UserWarning,
@@ -235,26 +257,72 @@ class _Budget(TorchDispatchMode):
         self.left, self.where = limit, where
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], list | tuple) and all(type(n) is int for n in args[0]):
+            self._spend(0, math.prod(args[0]))  # zeros and their like: asked before they fill the memory
         result = func(*args, **(kwargs or {}))
-        self.left -= sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
-        if self.left < 0:
-            raise AdapterError(f"{self.where}: the head's options ask for far larger tensors than its file holds")
+        tensors = [result] if isinstance(result, Tensor) else tree_leaves(result)
+        self._spend(sum(leaf.nbytes for leaf in tensors if isinstance(leaf, Tensor)))
         return result
+
+    def _spend(self, size: int, planned: int = 0) -> None:
+        self.left -= size
+        if self.left < planned:
+            raise AdapterError(f"{self.where}: the head's options ask for far larger tensors than its file holds")
+
+
+def _check_options(described: HeadConfig, where: str) -> None:
+    """Each option is of a type that its head's constructor names: a head may use it without asking."""
+    cls = HEADS[described.name].__init__
+    hints, known = typing.get_type_hints(cls), inspect.signature(cls).parameters
+    for option, value in described.options.items():
+        if option not in known or option == "self":
+            raise AdapterError(f"{where} has no option {option[:60]!r}: {suggest(option, set(known) - {'self'})}")
+        allowed = typing.get_args(hints[option]) or (hints[option],)
+        if type(value) not in allowed and not (type(value) is int and float in allowed):
+            names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+            raise AdapterError(f"{where} cannot be built: its option {option} is {value!r}, expected {names}")
+
+
+def _check_answers(model: UncertainModel, described: HeadConfig, folder: Path) -> None:
+    """What the config says of the held-out scores is what the tensors say, and two images of noise get finite scores.
+
+    Tensors of the right shapes can still be ones that no fit gives: negative precisions, a temperature of 0.
+    """
+    where = f"{folder}: head {described.name!r}"
+    if described.held_out != model.held_out[described.name].summary():
+        raise AdapterError(f"{where}: its config tells other held-out scores than its tensors hold: it was changed")
+    backbone, generator = model.backbone, torch.Generator().manual_seed(0)
+    widths = (backbone.embedding_dim, backbone.penultimate_dim, backbone.num_classes or None)
+    embedding, penultimate, logits = (
+        None if width is None else torch.randn(2, width, generator=generator).to(model.device) for width in widths
+    )
+    assert embedding is not None
+    try:
+        with torch.no_grad():
+            scores = model.heads[described.name](BackboneOutput(embedding, penultimate, logits))["uncertainty"]
+    except Exception as error:  # whatever tensors that do not go together make torch raise
+        raise AdapterError(f"{where} does not work on this backbone ({type(error).__name__}: {error})") from error
+    if scores.shape != (2,) or not bool((scores.isfinite() & (scores >= -1e-3)).all()):
+        raise AdapterError(
+            f"{where}: its tensors give scores that are no uncertainties: {scores.flatten()[:4].tolist()}"
+        )
 
 
 def _build(described: HeadConfig, dims: FeatureDims, file_bytes: int, folder: Path) -> Head:
     where = f"{folder}: head {described.name!r}"
+    _check_options(described, where)
     try:
-        with torch.random.fork_rng(devices=[]), _Budget(16 * file_bytes + 2**24, where):
+        with torch.random.fork_rng(devices=[]), _Budget(8 * file_bytes + 2**25, where):
             head = make_head(described.name, **described.options)
             head.build(dims)
     except AdapterError:
         raise
-    except (PosthocError, TypeError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
-        raise AdapterError(f"{where} cannot be built from its options {described.options}: {error}") from error
+    except Exception as error:  # whatever numbers that do not go together make torch raise
+        told = ", ".join(f"{option}={value!r}" for option, value in described.options.items())
+        raise AdapterError(f"{where} cannot be built from its options {told}: {error}") from error
     if (head.kind, head.scope) != (described.kind, described.scope):
         raise AdapterError(
-            f"{where} is of kind {head.kind!r} and scope {head.scope!r}, its config says {described.kind!r} and "
+            f"{where} is of kind {head.kind!r} and scope {head.scope!r}, its config says {described.kind[:60]!r} and "
             f"{described.scope!r}"
         )
     return head

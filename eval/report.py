@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from ..adapters.command_line import command_words
 from ..adapters.distributed import check_launch
 from ..adapters.errors import OptionError
 from ..adapters.files import replace_file
@@ -74,7 +75,8 @@ def write_report(
         found = evaluate(sets, train, held_out, reference=reference, resamples=resamples, seed=seed)
         tables += [("", table) for table in found.tables]
     told = [{"name": one.name, "role": "ood" if place else "id", "rows": one.rows} for place, one in enumerate(sets)]
-    results = Results(tuple(tables), tuple(told), found.figures, seed, resamples, made_now(command))
+    made = made_now(command, getattr(getattr(inside, "model", None), "loaded_from", {}).get("weights"))
+    results = Results(tuple(tables), tuple(told), found.figures, seed, resamples, made)
     html = report_page.page(TITLE, told, sections(results, found))
     if check_launch().is_main:
         for name, content in zip(FILES, (results.json(), results.markdown(), html), strict=True):
@@ -139,7 +141,7 @@ class Report(TableCommand):
             reference=self.reference,
             resamples=self.resamples,
             seed=self.seed,
-            command=self.words(),
+            command=command_words(self, ("posthoc", "eval", "report"), ("runs",)),
         )
         if self.id is not None:
             self.check_reference([table for _, table in results.tables])
@@ -147,15 +149,6 @@ class Report(TableCommand):
             return
         print(render([table for _, table in results.tables], self.format))
         print(f"{', '.join(FILES)} are in {self.output}", file=sys.stderr)
-
-    def words(self) -> list[str]:
-        """The command line that asks for the same."""
-        said = ["posthoc", "eval", "report", *self.runs]
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name != "runs" and value != one.default:
-                said += [f"--{one.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-        return said
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -67,8 +67,9 @@ class Results:
         return "\n\n".join(table.markdown() for _, table in self.tables) + "\n"
 
 
-def made_now(command: Sequence[str]) -> dict[str, Any]:
-    """Date (UTC, whole seconds), versions of Python and the libraries that are there, and the command line."""
+def made_now(command: Sequence[str], adapter: str | None = None) -> dict[str, Any]:
+    """Date (UTC, whole seconds), versions of Python and the libraries that are there, the command line, and the SHA-256 of
+    the weights of the adapter that was evaluated, if one was."""
     found = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
@@ -76,7 +77,7 @@ def made_now(command: Sequence[str]) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     date = datetime.now(UTC).replace(microsecond=0).isoformat()
-    return {"date": date, "versions": found, "command": list(command)}
+    return {"date": date, "versions": found, "command": list(command), "adapter": adapter}
 
 
 def read_run(place: str | Path) -> list[Table]:

@@ -10,11 +10,18 @@ from pathlib import Path
 import huggingface_hub
 
 from ..adapters.errors import AdapterError
-from ..adapters.files import CARD_NAME, CONFIG_NAME, MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES, WEIGHTS_NAME, read_config
+from ..adapters.files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    MAX_CARD_BYTES,
+    MAX_CONFIG_BYTES,
+    MAX_WEIGHTS_BYTES,
+    WEIGHTS_NAME,
+    read_config,
+)
 from .client import FileMissingError, UnreachableError, told
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-MAX_CARD_BYTES = 2**22
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 
 

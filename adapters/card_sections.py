@@ -1,0 +1,140 @@
+"""Sections of a card, and how what a user changed in it outlives the next save.
+
+A section stands between `<!-- posthoc:NAME DIGEST -->` and `<!-- /posthoc:NAME -->`; the digest is of its text as it was
+written. Where it no longer fits, a user has changed the section. The last line holds a digest of all the rest, which tells
+whether a user has changed anything since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from typing import Any
+
+import yaml
+
+from .errors import AdapterError
+
+SECTION = re.compile(
+    r"<!-- posthoc:(?P<name>[a-z]+)(?: (?P<digest>[0-9a-f]{12}))? -->\n(?P<body>.*?)<!-- /posthoc:(?P=name) -->", re.S
+)
+MADE_BY = "posthoc"
+"""The argument that marks a result in the metadata as ours to replace."""
+SIGNATURE = re.compile(r"\s*<!-- posthoc (?P<digest>[0-9a-f]{12}) -->\s*\Z")
+HEADER = re.compile(r"\A---\n(?P<yaml>.*?)\n---\n", re.S)
+
+
+def seal(card: str) -> str:
+    """The card with the digest of every section's text in its opening marker, and that of the rest in its last line."""
+    return _signed(SECTION.sub(lambda found: _section(found["name"], found["body"]), card))
+
+
+def was_edited(card: str) -> bool:
+    """Whether a card was changed by hand since it was written here."""
+    found = SIGNATURE.search(card)
+    return found is None or found["digest"] != _signature(card)
+
+
+def merge(previous: str, fresh: str) -> str:
+    """The fresh card, with what a user wrote into the previous one.
+
+    Text outside the sections is the previous card's. A section that was changed, or taken out, stays so; a warning names
+    those that were changed. The metadata's fields and tags that are not in the fresh card stay, and results that posthoc
+    did not measure. A previous card without a section of ours is a user's own: its text stands below the fresh one's.
+    """
+    new = {found["name"]: found[0] for found in SECTION.finditer(fresh)}
+    kept = _changed(previous)
+    if kept:
+        warnings.warn(
+            f"the card's section(s) {', '.join(kept)} were changed by hand and stay as they are; delete them to get them anew",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def renewed(found: re.Match[str]) -> str:
+        return found[0] if found["name"] in kept else new.get(found["name"], found[0])
+
+    text = SIGNATURE.sub("", _split(previous)[1])
+    if SECTION.search(text):
+        text = SECTION.sub(renewed, text)
+    else:
+        text = f"{SIGNATURE.sub('', _split(fresh)[1]).rstrip()}\n\n{text.strip()}"
+    return _signed(f"---\n{_merged(metadata(previous), metadata(fresh))}\n---\n{text.rstrip()}\n")
+
+
+def metadata(card: str) -> dict[str, Any]:
+    """The block on top of a card; empty where there is none. Raises AdapterError where it is not YAML."""
+    header = _split(card)[0]
+    try:
+        found = yaml.safe_load(header)
+    except yaml.YAMLError as error:
+        raise AdapterError(
+            f"the block on top of the card is not YAML ({str(error).splitlines()[0]}): mend README.md, or delete it to get "
+            "a new one"
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _changed(card: str) -> list[str]:
+    """Names of the sections whose text is not what was written."""
+    return [found["name"] for found in SECTION.finditer(card) if found["digest"] != _digest(found["body"])]
+
+
+def _signed(card: str) -> str:
+    card = SIGNATURE.sub("", card).rstrip() + "\n"
+    return f"{card}\n<!-- posthoc {_signature(card)} -->\n"
+
+
+def _signature(card: str) -> str:
+    """Digest of what a user may have changed: everything but the sections as they were written."""
+    changed = _changed(card)
+    rest = SECTION.sub(lambda found: found[0] if found["name"] in changed else "", SIGNATURE.sub("", card))
+    return _digest(rest.replace("\r\n", "\n").strip())
+
+
+def _section(name: str, body: str) -> str:
+    return f"<!-- posthoc:{name} {_digest(body)} -->\n{body}<!-- /posthoc:{name} -->"
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()[:12]
+
+
+def _split(card: str) -> tuple[str, str]:
+    """The metadata block and the text below it."""
+    card = card.replace("\r\n", "\n")
+    found = HEADER.match(card)
+    return ("", card) if found is None else (found["yaml"], card[found.end() :])
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Fields of both, the fresh ones first; tags of both; results of the fresh card and those that others gave."""
+    tags = old.get("tags")
+    merged = {**new, **{key: value for key, value in old.items() if key not in new}}
+    merged["tags"] = list(dict.fromkeys([*new["tags"], *(tags if isinstance(tags, list) else [])]))
+    results = [*_results(new), *_of_others(_results(old))]
+    merged.pop("model-index", None)
+    if results:
+        name = (new.get("model-index") or old["model-index"])[0].get("name", "")
+        merged["model-index"] = [{"name": name, "results": results}]
+    return yaml.safe_dump(merged, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _results(card: dict[str, Any]) -> list[dict[str, Any]]:
+    index = card.get("model-index")
+    if not isinstance(index, list) or not index or not isinstance(index[0], dict):
+        return []
+    return [one for one in index[0].get("results") or [] if isinstance(one, dict)]
+
+
+def _of_others(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results without the metrics that posthoc measured."""
+    kept = []
+    for one in results:
+        metrics = [
+            m for m in one.get("metrics") or [] if isinstance(m, dict) and not (m.get("args") or {}).get(MADE_BY)
+        ]
+        if metrics:
+            kept.append({**one, "metrics": metrics})
+    return kept

@@ -1,0 +1,125 @@
+"""Publish an adapter: its weights, its config, its card and what was measured of it, in one commit."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, hf_hub_download
+
+from ..adapters.card import render_card
+from ..adapters.card_sections import was_edited
+from ..adapters.config import AdapterConfig
+from ..adapters.errors import AdapterError
+from ..adapters.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, read_card, read_config, read_weights, replace_file
+from .client import UnreachableError, told
+from .evaluation import FOLDER, evaluation_files, read_evaluation
+from .pull import COMMIT
+
+TRIES = 8
+"""How often a commit is made anew because somebody else's came in between."""
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    license: str | None = None,
+) -> str:
+    """Publish the adapter of a folder in one commit, and return the commit's address.
+
+    Only the adapter's files go: weights, config, card, and of `evaluation/` its results.json and plots. Files that the hub
+    has already are not sent again; without any change there is no new commit. What was edited in the hub's card stays; what was
+    edited in the folder's goes along. The folder's card is the pushed one afterwards.
+
+    Args:
+        repo_id: "org/name"; the repository is made if there is none.
+        revision: branch to commit to, made from main if there is none; None: main.
+        private: of a new repository; None: as the account's default is.
+        create_pr: open a pull request instead of committing.
+        license: the hub's word for the adapter's licence, such as "mit"; None: what the card says.
+
+    Raises AdapterError: the folder holds no sound adapter, its evaluation is of another one, the hub refuses.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    read_weights(folder, config.weights)  # nothing that could not be loaded is published
+    evaluation = read_evaluation(folder, config)
+    if revision is not None and COMMIT.fullmatch(revision):
+        raise AdapterError(f"revision {revision!r} is a commit, which nothing can be added to: give a branch")
+    api = HfApi()
+    with told("create the repository", repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    message = commit_message or f"{', '.join(head.name for head in config.heads)} on {config.backbone.name}"
+    names = [WEIGHTS_NAME, CONFIG_NAME, *evaluation_files(folder)]
+    own = read_card(folder)
+    for _ in range(TRIES):
+        parent, theirs, stale = _there(api, repo_id, revision, names)
+        card = _card(config, repo_id, own, theirs, evaluation=evaluation, license=license)
+        operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in names]
+        operations += [CommitOperationAdd(CARD_NAME, card.encode()), *map(CommitOperationDelete, stale)]
+        options = {"commit_message": message, "revision": revision, "create_pr": create_pr, "parent_commit": parent}
+        try:
+            with told("push", repo_id, revision):
+                commit = api.create_commit(repo_id, operations, **options)
+        except AdapterError as error:
+            if _came_between(error):
+                continue
+            raise
+        replace_file(folder / CARD_NAME, card.encode())  # so that the next push knows what was edited since
+        return str(commit.pr_url if create_pr else commit.commit_url)
+    raise UnreachableError(f"others committed to {repo_id!r} {TRIES} times while this was pushed: push again")
+
+
+def _there(api: HfApi, repo_id: str, revision: str | None, names: list[str]) -> tuple[str, str | None, list[str]]:
+    """The commit that is there, its card, and files of an earlier evaluation that the new adapter does not have."""
+    with told("look up the repository", repo_id, revision), TemporaryDirectory() as place:
+        info = api.repo_info(repo_id, revision=revision)
+        assert info.sha is not None
+        files = [one.rfilename for one in info.siblings or []]
+        card = None
+        if CARD_NAME in files:
+            hf_hub_download(repo_id, CARD_NAME, revision=info.sha, local_dir=place)
+            card = read_card(place)
+    return info.sha, card, [name for name in files if name.startswith(f"{FOLDER}/") and name not in names]
+
+
+def _card(config: AdapterConfig, repo_id: str, own: str | None, theirs: str | None, **given: Any) -> str:
+    """The card with what was edited by hand: in the hub's card, or in the folder's where only that was edited since."""
+    previous = own if theirs is None else theirs
+    if own is not None and theirs is not None and was_edited(own):
+        if not was_edited(theirs):
+            previous = own
+        elif own != theirs:
+            warnings.warn(
+                f"{CARD_NAME} was edited both here and on the hub: the hub's edits stay, the others were not pushed",
+                UserWarning,
+                stacklevel=4,
+            )
+    return render_card(config, address=repo_id, previous=previous, **given)
+
+
+def _came_between(error: AdapterError) -> bool:
+    """Whether the hub refused the commit because its parent is not the newest any more."""
+    cause = error.__cause__
+    return isinstance(cause, errors.HfHubHTTPError) and getattr(cause.response, "status_code", None) in (409, 412)
+
+
+def push_model(model: Any, repo_id: str, *, evaluation: str | Path | None = None, **options: Any) -> str:
+    """The same for a model in memory; `evaluation`: a folder that `posthoc eval report --output` wrote."""
+    from .evaluation import copy_evaluation
+
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        model.save_pretrained(folder)
+        if evaluation is not None:
+            copy_evaluation(Path(evaluation), folder)
+        return push(folder, repo_id, **options)
