@@ -62,6 +62,7 @@ def _tensors(model: UncertainModel) -> dict[str, Tensor]:
 
 def _describe(model: UncertainModel, weights: WeightsConfig) -> AdapterConfig:
     backbone = model.backbone
+    _look(backbone, plain(model.fitted_on["preprocessing"]))  # all its features may have come from the store
     scopes = sorted({head.scope for _, head, _ in model.each_head()})
     described = AdapterConfig(
         backbone=BackboneConfig(
