@@ -1,4 +1,4 @@
-"""The `posthoc` command: demo, fit, predict, eval, info, check, cache."""
+"""The `posthoc` command: demo, fit, predict, eval, info, export, check, cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from . import __version__
+from .adapters.command_backbone import named_backbone, read_adapter
 from .adapters.errors import OptionError, PosthocError
+from .adapters.export_command import Export
 
 EXAMPLES = {
     "demo": "Example: posthoc demo",
@@ -25,6 +27,7 @@ EXAMPLES = {
     "predict": "Example: posthoc predict adapter/ new-photos/ --output scores.csv --abstain 0.95",
     "eval": "Example: posthoc eval ood --id test.npz --ood textures.npz",
     "info": "Example: posthoc info adapter/",
+    "export": "Example: posthoc export adapter/ model.onnx",
     "check": "Example: posthoc check resnet50.a1_in1k",
     "cache": "Example: posthoc cache --prune --older-than-days 30",
 }
@@ -178,7 +181,8 @@ class Predict:
 
         if self.output.suffix not in (".csv", ".parquet"):
             raise OptionError(f"--output {self.output} was given; expected a file that ends in .csv or .parquet")
-        model = load(self.adapter, self.revision, self._backbone(), device=self.device)
+        backbone = named_backbone(self.adapter, self.revision, self.backbone, self.checkpoint)
+        model = load(self.adapter, self.revision, backbone, device=self.device)
         head = self.head or next(iter(model.heads))
         threshold = None if self.abstain is None else model.threshold(coverage=self.abstain, head=head)
         source = open_source(self.data, self.split)
@@ -195,19 +199,6 @@ class Predict:
         check_launch().on_main(lambda: write_table(self.output, columns))
         kept = "" if threshold is None else f"; abstaining on {sum(columns['abstain'])} above {threshold:.6g}"
         _tell(f"{len(score)} images scored by {head!r} ({model.kinds()[head]}), written to {self.output}{kept}")
-
-    def _backbone(self) -> Any:
-        """The backbone as far as the options name one; None: as the adapter names it."""
-        if self.checkpoint is None:
-            return self.backbone
-        from .adapters.backbone import build_backbone
-
-        described = read_adapter(self.adapter, self.revision).backbone
-        if self.backbone is None and described.source == "module":
-            raise OptionError(
-                "this adapter belongs to a module of one's own: load it in Python with posthoc.load(..., backbone=...)"
-            )
-        return build_backbone(self.backbone or described.name, checkpoint=self.checkpoint)
 
 
 @dataclass
@@ -297,14 +288,6 @@ class Cache:
             )
 
 
-def read_adapter(address: str, revision: str | None) -> Any:
-    """The checked configuration of an adapter in a folder or on the hub."""
-    from .adapters.files import read_config
-    from .adapters.locate import locate
-
-    return read_config(locate(address, revision))
-
-
 def _tell(line: str) -> None:
     """Print from the main process of a launch."""
     from .adapters.distributed import check_launch
@@ -325,6 +308,7 @@ def _commands() -> Any:
         "predict": Predict,
         "eval": Eval,
         "info": Info,
+        "export": Export,
         "check": Check,
         "cache": Cache,
     }

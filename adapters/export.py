@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .errors import AdapterError, BackboneError, OptionError, PosthocError, suggest
-from .export_formats import FORMATS, INPUT, Run
+from .errors import AdapterError, BackboneError, OptionError, suggest
+from .export_formats import FORMATS, INPUT, Run, format_of
 from .export_preprocessing import describe_preprocessing
 from .persistence import plain
 
@@ -53,24 +53,15 @@ def export(model: UncertainModel, path: str | Path, heads: Sequence[str] | None 
     with _folder_beside(path) as folder, _on_cpu(model) as still, _modes_kept(still):
         graph = _Graph(still, names).eval()
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of the converters, about themselves; the file is checked against the model
-            graph(_noise(TRACED, shape))  # what a network computes once and keeps, it keeps before it is traced
-            outputs = graph.names(shape)
-            program = _traced(graph, shape, path, model)
-            file = FORMATS[path.suffix]
-            try:
-                file.write(program, folder / path.name, list(outputs))
-            except Exception as error:  # of many kinds
-                raise _refusal(model, names, path, error) from error
-            differences = _check(file.open(folder / path.name), graph, shape, path)
+            warnings.simplefilter("ignore")  # converters warn of themselves; their file is compared with the model
+            outputs = graph.outputs(shape)  # a first call: what a network computes once and keeps is not to be traced
+            _convert(graph, outputs, shape, folder / path.name)
+            differences = _check(format_of(path).open(folder / path.name), graph, shape, path)
         written = sorted(folder.iterdir(), key=lambda file: file.name == path.name)  # the graph after its weights
-        described = _describe(graph, outputs, shape, written, path)
-        (folder / f"{path.name}.json").write_text(json.dumps(described, indent=2) + "\n")
-        files = [*written, folder / f"{path.name}.json"]
+        described = folder / f"{path.name}.json"
+        described.write_text(json.dumps(_describe(graph, outputs, shape, written), indent=2) + "\n")
         try:
-            placed = tuple(file.replace(path.parent / file.name) for file in files)
+            placed = [file.replace(path.parent / file.name) for file in (*written, described)]
         except OSError as error:
             raise AdapterError(f"cannot write {path}: {error}") from error
     return Exported(path, (path, *(file for file in placed if file != path)), differences)
@@ -97,7 +88,7 @@ class _Graph(nn.Module):
         """As in a `Prediction`: the first head's fields have plain names, another's are HEAD.FIELD."""
         return field if head == self.heads[0] else f"{head}.{field}"
 
-    def names(self, shape: Sequence[int]) -> dict[str, list[int]]:
+    def outputs(self, shape: Sequence[int]) -> dict[str, list[int]]:
         """Names of the outputs in their order, with their shapes without the batch."""
         return {name: list(value.shape[1:]) for name, value in self(_noise(1, shape)).items()}
 
@@ -115,9 +106,7 @@ def _heads(model: UncertainModel, wanted: Sequence[str] | None) -> list[str]:
 
 
 def _check_request(model: UncertainModel, path: Path) -> None:
-    if path.suffix not in FORMATS:
-        raise OptionError(f"{path} was given to export to; expected a file that ends in {' or '.join(FORMATS)}")
-    FORMATS[path.suffix].require()
+    format_of(path).require()
     if path.is_dir():
         raise OptionError(f"{path} is a folder; expected the name of a file")
     if model.backbone.dtype != torch.float32:
@@ -176,13 +165,25 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _traced(graph: _Graph, shape: Sequence[int], path: Path, model: UncertainModel) -> Any:
-    """The exported program for any number of images, without what no output needs and without paths of this machine."""
+def _convert(graph: _Graph, outputs: Mapping[str, list[int]], shape: Sequence[int], path: Path) -> None:
+    """Trace the graph and write it. Raises AdapterError for networks and heads that cannot be."""
     try:
-        sizes = {INPUT: {0: torch.export.Dim("batch")}}
-        program = torch.export.export(graph, (_noise(TRACED, shape),), dynamic_shapes=sizes, strict=False)
-    except Exception as error:  # of many kinds
-        raise _refusal(model, graph.heads, path, error) from error
+        format_of(path).write(_traced(graph, shape), path, list(outputs))
+    except Exception as error:  # the converters raise many kinds
+        from .heads import HEADS
+
+        why = (str(error).strip().splitlines() or [""])[0]
+        raise AdapterError(
+            f"{graph.model.backbone.name} with {', '.join(graph.heads)} cannot be written as {path.suffix} "
+            f"({type(error).__name__}: {why}). The heads {', '.join(sorted(HEADS))} can; a network or head of your own "
+            "must be one that torch.export traces and, for .onnx, of operations that ONNX has"
+        ) from error
+
+
+def _traced(graph: _Graph, shape: Sequence[int]) -> Any:
+    """The exported program for any number of images, without what no output needs and without paths of this machine."""
+    sizes = {INPUT: {0: torch.export.Dim("batch")}}
+    program = torch.export.export(graph, (_noise(TRACED, shape),), dynamic_shapes=sizes, strict=False)
     nodes = program.graph_module.graph
     for node in list(nodes.nodes):
         node.meta.pop("stack_trace", None)
@@ -191,17 +192,6 @@ def _traced(graph: _Graph, shape: Sequence[int], path: Path, model: UncertainMod
     nodes.eliminate_dead_code()
     program.graph_module.recompile()
     return program
-
-
-def _refusal(model: UncertainModel, heads: Sequence[str], path: Path, error: Exception) -> PosthocError:
-    from .heads import HEADS
-
-    why = (str(error).strip().splitlines() or [""])[0]
-    return AdapterError(
-        f"{model.backbone.name} with {', '.join(heads)} cannot be written as {path.suffix} ({type(error).__name__}: {why}). "
-        f"The heads {', '.join(sorted(HEADS))} can; a network or a head of your own must be traceable by torch.export "
-        f"and, for .onnx, of operations that ONNX has: {'try .pt2' if path.suffix == '.onnx' else 'see docs/export.md'}"
-    )
 
 
 def _check(run: Run, graph: _Graph, shape: Sequence[int], path: Path) -> dict[str, float]:
@@ -247,7 +237,7 @@ def _differences(found: Mapping[str, np.ndarray], graph: _Graph, images: Tensor)
 
 
 def _describe(
-    graph: _Graph, outputs: Mapping[str, list[int]], shape: Sequence[int], written: Sequence[Path], path: Path
+    graph: _Graph, outputs: Mapping[str, list[int]], shape: Sequence[int], written: Sequence[Path]
 ) -> dict[str, Any]:
     """What stands in the .json beside the graph."""
     from .. import __version__  # which is there when the package is
@@ -256,7 +246,7 @@ def _describe(
     scopes = sorted({model.heads[name].scope for name in graph.heads})
     return {
         "format": "posthoc export 1",
-        "graph": path.name,
+        "graph": written[-1].name,
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": _file_digest(file)} for file in written},
         "input": {"name": INPUT, "shape": ["batch", *shape], "dtype": "float32"},
         "preprocessing": plain(describe_preprocessing(backbone)),

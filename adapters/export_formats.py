@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import PosthocError
+from .errors import OptionError, PosthocError
 
 INPUT = "images"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -97,3 +97,10 @@ FORMATS = {
     ".onnx": Format(_require_onnx, _write_onnx, _open_onnx),
     ".pt2": Format(lambda: None, _write_pt2, _open_pt2),
 }
+
+
+def format_of(path: Path) -> Format:
+    """The format that a file's ending names. Raises OptionError for another ending."""
+    if path.suffix not in FORMATS:
+        raise OptionError(f"{path} was given to export to; expected a file that ends in {' or '.join(FORMATS)}")
+    return FORMATS[path.suffix]

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from . import checks, fitting, persistence, predicting
+from . import checks, export, fitting, persistence, predicting
 from .backbone import Backbone, BackboneOutput, build_backbone
 from .distributed import check_launch
 from .errors import NotFittedError, OptionError, suggest
+from .export import Exported
 from .files import commit_of
 from .heads import HEADS, make_head
 from .heads.base import Head
@@ -297,6 +298,24 @@ class UncertainModel(nn.Module):
         """
         self._require_fitted()
         return check_launch().on_main(lambda: persistence.save(self, folder))
+
+    def export(self, path: str | Path, heads: Sequence[str] | None = None) -> Exported:
+        """Write backbone and heads as one graph that answers without posthoc, and its preprocessing beside it.
+
+        The graph takes preprocessed images [B,3,H,W], B free, and gives "logits" (with a classifier), "embedding",
+        "uncertainty" and "percentile" of the first head, and "HEAD.uncertainty" and "HEAD.percentile" of others. Before
+        it gets its name it is run on the CPU and compared with the model.
+
+        Args:
+            path: a .onnx file (extra `export`), or a .pt2 file that `torch.export.load` reads. `path`.json is written
+                beside it: preprocessing, outputs, thresholds, fingerprints.
+            heads: which ones, and in which order; None: all.
+
+        Raises NotFittedError before `fit`, OptionError for another ending or an unknown head, BackboneError where the
+        size of the images is not known, AdapterError when the file cannot be written, or answers otherwise.
+        """
+        self._require_fitted()
+        return check_launch().on_main(lambda: export.export(self, path, heads))
 
     def push_to_hub(
         self,
