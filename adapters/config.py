@@ -7,6 +7,7 @@ patterns below, and refuses every field that it does not know.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -178,6 +179,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     raise AdapterError(f"{where} holds {_short(value)}, expected {'an' if expected == 'int' else 'a'} {expected}")
 
 
+_hints = functools.cache(typing.get_type_hints)  # evaluates the annotations, which are text
+
+
 def _read_fields(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise AdapterError(f"{where} holds {_short(value)}, expected an object with fields")
@@ -189,7 +193,7 @@ def _read_fields(kind: Any, value: Any, where: str) -> Any:
     missing = sorted(required - value.keys())
     if missing:
         raise AdapterError(f"{where}: the field(s) {', '.join(missing)} are missing: the file is damaged or not ours")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     return kind(**{name: _read(hints[name], item, f"{where}: {name}") for name, item in value.items()})
 
 

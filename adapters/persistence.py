@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import json
 import math
 import os
 import typing
 import warnings
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,7 +46,7 @@ def save(model: UncertainModel, folder: str | os.PathLike[str], address: str | N
     folder = Path(folder)
     if address is None:  # no path of this machine in what may be published
         address = folder.name if folder.is_absolute() else folder.as_posix()
-    card = partial(render_card, address=address, previous=read_card(folder))
+    card = functools.partial(render_card, address=address, previous=read_card(folder))
     return write_adapter(folder, _tensors(model), lambda weights: _describe(model, weights), card)
 
 
@@ -151,6 +150,7 @@ def load(
             raise AdapterError(
                 f"{folder}: this posthoc has no head {described.name!r}: {suggest(described.name, HEADS)}"
             )
+        _check_options(described, f"{folder}: head {described.name!r}")
     tensors = read_weights(folder, config.weights)
     frozen = _attach(config, backbone, folder, transform, device)
     dims = {h.name: FeatureDims(frozen.embedding_dim, config.backbone.penultimate_dim, h.classes) for h in config.heads}
@@ -271,13 +271,18 @@ class _Budget(TorchDispatchMode):
             raise AdapterError(f"{self.where}: the head's options ask for far larger tensors than its file holds")
 
 
+@functools.cache
+def _option_types(name: str) -> dict[str, Any]:
+    hints = typing.get_type_hints(HEADS[name].__init__)
+    return {option: kind for option, kind in hints.items() if option != "return"}
+
+
 def _check_options(described: HeadConfig, where: str) -> None:
     """Each option is of a type that its head's constructor names: a head may use it without asking."""
-    cls = HEADS[described.name].__init__
-    hints, known = typing.get_type_hints(cls), inspect.signature(cls).parameters
+    hints = _option_types(described.name)
     for option, value in described.options.items():
-        if option not in known or option == "self":
-            raise AdapterError(f"{where} has no option {option[:60]!r}: {suggest(option, set(known) - {'self'})}")
+        if option not in hints:
+            raise AdapterError(f"{where} has no option {option[:60]!r}: {suggest(option, hints)}")
         allowed = typing.get_args(hints[option]) or (hints[option],)
         if type(value) not in allowed and not (type(value) is int and float in allowed):
             names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
@@ -311,7 +316,6 @@ def _check_answers(model: UncertainModel, described: HeadConfig, folder: Path) -
 
 def _build(described: HeadConfig, dims: FeatureDims, file_bytes: int, folder: Path) -> Head:
     where = f"{folder}: head {described.name!r}"
-    _check_options(described, where)
     try:
         with torch.random.fork_rng(devices=[]), _Budget(8 * file_bytes + 2**25, where):
             head = make_head(described.name, **described.options)

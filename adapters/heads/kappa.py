@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -31,6 +32,13 @@ from .common import (
 LOWEST_RESULTANT, HIGHEST_RESULTANT, INITIAL_RESULTANT = 0.02, 0.9999, 0.9
 CONE_RESULTANT = 0.3
 STEPS = 1200
+
+
+@functools.cache
+def _log_kappas(dim: int) -> tuple[float, ...]:
+    """log kappa at the lowest, the highest and the initial resultant: thousands of small operations, the same for a dim."""
+    places = torch.tensor([LOWEST_RESULTANT, HIGHEST_RESULTANT, INITIAL_RESULTANT], dtype=torch.float64)
+    return tuple(concentration_from_resultant(places, dim).log().tolist())
 
 
 class KappaHead(Head):
@@ -98,9 +106,8 @@ class KappaHead(Head):
         self.sphere_dim = d
         self.register_buffer("mean", torch.zeros(dims.embedding))
         self.projection = nn.Linear(dims.embedding, d, bias=False) if c["projection"] is not None else nn.Identity()
-        places = torch.tensor([LOWEST_RESULTANT, HIGHEST_RESULTANT, INITIAL_RESULTANT], dtype=torch.float64)
-        log_kappa = concentration_from_resultant(places, d).log()
-        self.register_buffer("log_range", log_kappa[:2].float())
+        *bounds, start = _log_kappas(d)
+        self.register_buffer("log_range", torch.tensor(bounds, dtype=torch.float32))
         self.register_buffer("calibration", torch.ones(()))
         if c["parametrization"] == "network":
             self.network: LogSumExpNet | None = LogSumExpNet(dims.embedding, c["width"])
@@ -108,7 +115,7 @@ class KappaHead(Head):
             self.network = None
             self.norm_gain, self.norm_bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
         low, high = self.log_range.tolist()
-        fraction = (float(log_kappa[2]) - low) / (high - low)
+        fraction = (start - low) / (high - low)
         self.offset = math.log(fraction / (1.0 - fraction))  # a raw output of 0 gives A_d(kappa) = 0.9
 
     def posterior(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
