@@ -44,7 +44,7 @@ class Child:
         """Run a script to its end and return what the last line it printed says in JSON."""
         with self.start(script, argv, **environment) as process:
             try:
-                out, err = process.communicate(timeout=120)
+                out, err = process.communicate(timeout=300)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise

@@ -179,6 +179,7 @@ def reset(connection: socket.socket) -> None:
 
 class Connection(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: Listener
 
     def serve(self) -> None:
