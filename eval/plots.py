@@ -224,7 +224,7 @@ def histograms(
         style = look[name]
         if not place:
             axis.stairs(share, edges, fill=True, color=style.colour, alpha=0.22, lw=0)
-        axis.stairs(share, edges, color=style.colour, linestyle=style.dash, linewidth=1.4)
+        axis.stairs(share, edges, color=style.colour, linestyle=style.dash, linewidth=1.4, label=name)
     if logarithmic:
         ticker = require("matplotlib.ticker", "matplotlib")
         axis.set_xscale("log")

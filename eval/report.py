@@ -25,7 +25,8 @@ from . import report_page
 from .command import TableCommand, run_command
 from .extras import require
 from .inputs import Scored, open_model, read
-from .report_sections import sections
+from .report_drawings import pictures
+from .report_sections import look_of, sections
 from .report_tables import Evaluated, evaluate
 from .results import Results, made_now, read_run
 from .score_rows import REFERENCE
@@ -48,7 +49,7 @@ def write_report(
     seed: int = 0,
     command: Sequence[str] = (),
 ) -> Results:
-    """Write results.json, results.md and index.html to the folder `output`, each under a temporary name first.
+    """Write results.json, results.md, index.html and pictures to the folder `output`, each under a temporary name first.
 
     Args:
         runs: files of `posthoc eval NAME --output`, or earlier results.json.
@@ -81,6 +82,8 @@ def write_report(
     if check_launch().is_main:
         for name, content in zip(FILES, (results.json(), results.markdown(), html), strict=True):
             replace_file(folder / name, content.encode())
+        for name, picture in pictures(found.figures, found.drawn, look_of(found)).items():
+            replace_file(folder / name, picture)
     return results
 
 

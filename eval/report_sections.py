@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from .bootstrap import Interval
-from .plots import COLOURS, DASHES, FAINT, MARKERS, Look, best_possible, curves, histograms, looks
-from .reliability import Reliability, diagram
+from . import report_drawings
+from .plots import FAINT, Look, looks
+from .report_drawings import Drawing
 from .report_images import NEAREST, Strip
 from .report_page import Figure, Section, legend
 from .report_tables import Evaluated
@@ -18,11 +15,6 @@ from .results import Results
 from .svg import svg, variable
 from .table import Table
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Canvas
-
-WIDTH, HEIGHT = 4.3, 3.1
-"""Inches of a drawing: legible at the width of a phone."""
 KINDS: tuple[tuple[str, str, str, frozenset[str]], ...] = (
     (
         "ood",
@@ -57,10 +49,7 @@ def sections(results: Results, evaluated: Evaluated) -> list[Section]:
     found["other"] = Section("other", "Other tables", "Tables of other evaluations, as they were written.")
     for source, table in results.tables:
         found[kind_of(table)].tables.append((source, table))
-    drawn = evaluated.drawn
-    own = [name for name in drawn if name in evaluated.given]
-    rest = [name for name in drawn if name not in own]
-    look = looks(own, rest) if own else looks(rest, [])
+    drawn, look = evaluated.drawn, look_of(evaluated)
     if "reliability" in results.figures:
         found["calibration"].figures.append(_reliability(results.figures["reliability"]))
     if "risk_coverage" in results.figures:
@@ -77,57 +66,37 @@ def sections(results: Results, evaluated: Evaluated) -> list[Section]:
     ]
 
 
+def look_of(evaluated: Evaluated) -> dict[str, Look]:
+    """How each drawn score looks: those that came with the sets in colour, free ones in grey beside them."""
+    own = [name for name in evaluated.drawn if name in evaluated.given]
+    rest = [name for name in evaluated.drawn if name not in own]
+    return looks(own, rest) if own else looks(rest, [])
+
+
 def kind_of(table: Table) -> str:
     """The section of a table, by its columns."""
     return next((key for key, _, _, metrics in KINDS if metrics & set(table.metrics)), "other")
 
 
-def _axis(canvas: Canvas) -> Any:
-    return canvas.subplots()
-
-
 def _reliability(given: Mapping[str, Any]) -> Figure:
-    values = {
-        name: Reliability(
-            np.array(one["confidence"]),
-            [Interval(*each) for each in zip(one["accuracy"], one["low"], one["high"], strict=True)],
-            np.array(one["rows"]),
-        )
-        for name, one in given.items()
-    }
-    look = looks(list(values), [])
-    drawing = svg(
-        lambda canvas: diagram(_axis(canvas), values, look, title=""), WIDTH, 3.9, name="reliability",
-        alt="Reliability diagram: accuracy against confidence in bins, with 95 % intervals",
-    )  # fmt: skip
+    drawing = report_drawings.reliability(given)
     return Figure(
-        "Reliability", drawing, _legend(look),
+        "Reliability", _svg(drawing, "reliability"), _legend(drawing.look),
         "Above the diagonal the classifier is right more often than it says, below it less often. Bars: 95 % intervals.",
     )  # fmt: skip
 
 
 def _risk(given: Mapping[str, Any], look: Mapping[str, Look]) -> Figure:
-    coverage = 100 * np.array(given["coverage"])
-    lines = {
-        name: [Interval(*(100 * x for x in each)) for each in zip(one["risk"], one["low"], one["high"], strict=True)]
-        for name, one in given["scores"].items()
-    }
-
-    def draw(canvas: Canvas) -> None:
-        axis = _axis(canvas)
-        best_possible(axis, coverage, 100 * np.array(given["best"]))
-        curves(
-            axis, coverage, lines, look, title="", xlabel="most certain images kept, %",
-            ylabel="errors among them, %", bands=len(lines) <= 2,
-        )  # fmt: skip
-        axis.set(xlim=(0, 100), ylim=(0, None))
-
-    alt = f"Risk-coverage curves of {', '.join(lines)}: errors among the most certain images against their share"
-    entries = [*_entries({name: look[name] for name in lines}), ("best possible", variable(FAINT), "")]
+    drawing = report_drawings.risk(given, look)
+    entries = [*_entries(drawing.look), ("best possible", variable(FAINT), "")]
     return Figure(
-        "Risk and coverage", svg(draw, WIDTH, HEIGHT, name="risk", alt=alt), legend(entries),
+        "Risk and coverage", _svg(drawing, "risk"), legend(entries),
         "Lower is better. The intervals of every curve are in results.json; the table has the areas and their differences.",
     )  # fmt: skip
+
+
+def _svg(drawing: Drawing, name: str) -> str:
+    return svg(drawing.draw, drawing.width, drawing.height, name=name, alt=drawing.alt)
 
 
 def _histograms(results: Results, drawn: Sequence[str]) -> Section:
@@ -141,27 +110,10 @@ def _histograms(results: Results, drawn: Sequence[str]) -> Section:
     given = results.figures.get("histograms", {})
     order = [*(name for name in drawn if name in given), *(name for name in given if name not in drawn)]
     for place, name in enumerate(order):
-        one = given[name]
-        shares = {key: np.array(share) for key, share in one["shares"].items()}
-        look = {key: _set_look(number) for number, key in enumerate(shares)}
-        draw = partial(
-            _draw_histogram, edges=np.array(one["edges"]), shares=shares, look=look, logarithmic=one["logarithmic"]
-        )
-        alt = f"Histogram of {name} on {', '.join(shares)}"
-        drawing = svg(draw, WIDTH, 2.3, name=f"histogram{place}", alt=alt)
-        figure = Figure(name, drawing, _legend(look))
+        drawing = report_drawings.histogram(name, given[name])
+        figure = Figure(name, _svg(drawing, f"histogram{place}"), _legend(drawing.look))
         (section.figures if name in drawn else section.more_figures).append(figure)
     return section
-
-
-def _draw_histogram(canvas: Canvas, **options: Any) -> None:
-    xlabel = "uncertainty" + (", logarithmic" if options["logarithmic"] else "")
-    histograms(_axis(canvas), xlabel=xlabel, **options)
-
-
-def _set_look(number: int) -> Look:
-    """The ID set's line is solid; sets beyond the sixth repeat a colour with another dash."""
-    return Look(COLOURS[number % 6], MARKERS[number % 6], DASHES[(number // 6) % 6] if number > 5 else "-", True)
 
 
 def _galleries(given: Mapping[str, list[Strip]]) -> Section:

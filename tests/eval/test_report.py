@@ -192,7 +192,7 @@ def test_results_json_holds_the_numbers_of_the_figures(report):
         {"name": "photos", "role": "id", "rows": 90},
         {"name": "textures", "role": "ood", "rows": 80},
     ]
-    assert set(told["made"]) == {"date", "versions", "command"}
+    assert set(told["made"]) == {"date", "versions", "command", "adapter"}
     assert told["made"]["versions"]["numpy"] == np.__version__
     figures = told["figures"]
     risk = figures["risk_coverage"]
@@ -246,10 +246,13 @@ def test_the_same_input_gives_the_same_files(tmp_path):
         write_report(
             tmp_path / name, [], with_images("photos"), [with_images("textures", 40, 1)], command=[name], **FEW
         )
-        return [(tmp_path / name / file).read_bytes() for file in FILES]
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
 
-    (a, *rest), (b, *again) = write("one"), write("two")
-    assert rest == again
+    first, second = write("one"), write("two")
+    a, b = first.pop("results.json"), second.pop("results.json")
+    assert first == second
+    assert set(first) >= {*FILES[1:], "risk_coverage.png", "reliability.png", "histogram_max_softmax.png"}
+    assert all(content.startswith(b"\x89PNG") for name, content in first.items() if name.endswith(".png"))
     one, two = json.loads(a), json.loads(b)
     assert one.pop("made")["command"] == ["one"]
     two.pop("made")
