@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from . import olah
 from .server import HubServer
 
 
@@ -65,3 +67,17 @@ def hub_server() -> Iterator[HubServer]:
 def child(hub_server: HubServer, tmp_path: Path) -> Child:
     """Runs scripts against `hub_server`."""
     return Child(hub_server.url, tmp_path / "hf-home")
+
+
+@pytest.fixture
+def olah_server(tmp_path: Path) -> Iterator[Callable[[Path, str], Child]]:
+    """`olah_server(git_working_copy, "org/name")` serves it with the real olah and returns what runs scripts against it."""
+    with ExitStack() as running:
+
+        def serve(working_copy: Path, repo_id: str) -> Child:
+            folder = tmp_path / "olah" / repo_id
+            folder.mkdir(parents=True)
+            url = running.enter_context(olah.serve({repo_id: working_copy}, folder))
+            return Child(url, folder / "hf-home")
+
+        yield serve
