@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .adapters import heads as heads
     from .adapters.model import UncertainModel, list_heads, load, wrap
     from .adapters.prediction import Prediction
-    from .hub.search import list_adapters
+    from .hub.searching import list_adapters
 
 __version__ = version("posthoc")
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
 _HOMES = {
     "Prediction": ".adapters.prediction",
     "UncertainModel": ".adapters.model",
-    "list_adapters": ".hub.search",
+    "list_adapters": ".hub.searching",
     "list_heads": ".adapters.model",
     "load": ".adapters.model",
     "wrap": ".adapters.model",
@@ -69,7 +69,7 @@ def _pull(repo_id: str, revision: str | None) -> Path:
 
 
 def _push(model: Any, repo_id: str, **options: Any) -> str:
-    from .hub.push import push_model
+    from .hub.pushing import push_model
 
     return push_model(model, repo_id, **options)
 

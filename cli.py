@@ -1,4 +1,4 @@
-"""The `posthoc` command: demo, fit, predict, eval, info, export, check, cache."""
+"""The `posthoc` command: demo, fit, predict, eval, info, export, push, pull, search, zoo, check, cache."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from . import __version__
 from .adapters.command_backbone import named_backbone, read_adapter
 from .adapters.errors import OptionError, PosthocError
 from .adapters.export_command import Export
+from .hub.commands import Pull, Push, Search, Zoo
 
 EXAMPLES = {
     "demo": "Example: posthoc demo",
@@ -28,6 +29,10 @@ EXAMPLES = {
     "eval": "Example: posthoc eval ood --id test.npz --ood textures.npz",
     "info": "Example: posthoc info adapter/",
     "export": "Example: posthoc export adapter/ model.onnx",
+    "push": "Example: posthoc push adapter/ org/resnet50-kappa --license mit",
+    "pull": "Example: posthoc pull org/resnet50-kappa --revision v1.0",
+    "search": "Example: posthoc search --backbone resnet50.a1_in1k --head kappa",
+    "zoo": "Example: posthoc zoo build efficientnet-lite0-loss --data photos/ --ood textures/",
     "check": "Example: posthoc check resnet50.a1_in1k",
     "cache": "Example: posthoc cache --prune --older-than-days 30",
 }
@@ -309,6 +314,10 @@ def _commands() -> Any:
         "eval": Eval,
         "info": Info,
         "export": Export,
+        "push": Push,
+        "pull": Pull,
+        "search": Search,
+        "zoo": Zoo,
         "check": Check,
         "cache": Cache,
     }

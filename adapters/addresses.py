@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +26,6 @@ from .files import (
     replace_file,
 )
 from .store import default_cache_dir
-
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://.*", re.I)
-
-
-def is_address(name: str | os.PathLike[str]) -> bool:
-    """Whether it is an address with a protocol, not a path of this machine."""
-    return isinstance(name, str) and ADDRESS.fullmatch(name) is not None
 
 
 def fetch(address: str) -> Path:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .addresses import fetch, is_address
 from .errors import AdapterError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://.*", re.I)
 Puller = Callable[[str, str | None], Path]
 Pusher = Callable[..., str]
 _hubs: list[tuple[Puller, Pusher]] = []
@@ -29,6 +29,11 @@ def publish(model: Any, repo_id: str, **options: Any) -> str:
     return _hubs[0][1](model, repo_id, **options)
 
 
+def is_address(name: str | os.PathLike[str]) -> bool:
+    """Whether it is an address with a protocol (fsspec's), not a path of this machine."""
+    return isinstance(name, str) and ADDRESS.fullmatch(name) is not None
+
+
 def locate(folder_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The adapter's folder: an existing folder as it is, else the folder an address or a hub id was downloaded to.
 
@@ -39,10 +44,12 @@ def locate(folder_or_hub_id: str | os.PathLike[str], revision: str | None = None
         return folder
     name = os.fspath(folder_or_hub_id)
     if is_address(name):
+        from .addresses import fetch  # it needs torch, and the face of the library does not
+
         return fetch(name)
     if not HUB_ID.fullmatch(name) or not _hubs:
         raise AdapterError(
-            f"{name!r} is neither an existing folder nor a hub id like 'org/resnet50-kappa': give the folder that "
+            f"{name[:200]!r} is neither an existing folder nor a hub id like 'org/resnet50-kappa': give the folder that "
             "save_pretrained wrote, the id, or an address such as s3://bucket/adapter"
         )
     return _hubs[0][0](name, revision)

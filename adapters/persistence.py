@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .addresses import is_address, store
+from .addresses import store
 from .backbone import Backbone, BackboneOutput, build_backbone
 from .card import render_card
 from .config import AdapterConfig, BackboneConfig, HeadConfig, WeightsConfig
@@ -27,6 +27,7 @@ from .errors import AdapterError, BackboneError, PosthocError, suggest
 from .files import read_card, read_config, read_weights, replace_file, write_adapter
 from .heads import HEADS, FeatureDims, Head, make_head
 from .images import Transform
+from .locate import is_address
 from .scores import HeldOutScores
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from ..adapters.files import (
     read_config,
 )
 from .client import FileMissingError, UnreachableError, told
+from .zoo import hub_id
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -33,11 +34,13 @@ def pull(repo_id: str, revision: str | None = None, *, card: bool = True) -> Pat
     the weights are. Without a connection a cached copy is used, with a warning that says which commit it is.
 
     Args:
+        repo_id: "org/name", or "zoo/NAME" for one of the zoo's.
         card: the README.md too.
 
     Raises AdapterError: no such repository, revision or file, a private or gated repository, no connection, an invalid
     config, files larger than any adapter's, a repository of pickles.
     """
+    repo_id = hub_id(repo_id)
     try:
         path, online = _config(repo_id, revision)
         config, commit = read_config(path.parent), path.parent.name

@@ -16,7 +16,7 @@ from ..adapters.errors import AdapterError
 from ..adapters.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, read_card, read_config, read_weights, replace_file
 from .client import UnreachableError, told
 from .evaluation import FOLDER, evaluation_files, read_evaluation
-from .pull import COMMIT
+from .pulling import COMMIT
 
 TRIES = 8
 """How often a commit is made anew because somebody else's came in between."""
@@ -105,6 +105,14 @@ def _card(config: AdapterConfig, repo_id: str, own: str | None, theirs: str | No
                 stacklevel=4,
             )
     return render_card(config, address=repo_id, previous=previous, **given)
+
+
+def write_card(folder: Path, address: str) -> None:
+    """Write the card of a folder anew, with what was measured since; `address`: what its example loads."""
+    config = read_config(folder)
+    evaluation = read_evaluation(folder, config)
+    card = render_card(config, address=address, previous=read_card(folder), evaluation=evaluation)
+    replace_file(folder / CARD_NAME, card.encode())
 
 
 def _came_between(error: AdapterError) -> bool:
