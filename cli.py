@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import warnings
 from collections.abc import Iterable
@@ -112,7 +111,7 @@ class Fit:
     """where metrics and checkpoints go, from which the same fit resumes"""
 
     def run(self) -> None:
-        from .adapters.command_line import command_words
+        from .adapters.command_line import command_words, published
         from .adapters.data import open_source
         from .adapters.model import wrap
 
@@ -142,8 +141,7 @@ class Fit:
         kept = command_words(
             self, ("posthoc", "fit"), ("model", "data"), skip=("output", "cache_dir", "run_dir", "device")
         )
-        # of a path of this machine its last part only: the card that tells the command may be published
-        model.fitted_on["fit"]["command"] = shlex.join(w if not w.startswith("/") else Path(w).name for w in kept)
+        model.fitted_on["fit"]["command"] = published(kept)
         folder = model.save_pretrained(self.output)
         for name, report in model.report.items():
             spread = _spread(report["held_out"])

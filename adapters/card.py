@@ -119,8 +119,14 @@ def _metadata(config: AdapterConfig, evaluation: Evaluation | None, license: str
             dataset_name=one.data,
             metric_type=one.metric,
             metric_name=f"{one.metric} of {one.head}, 95 % interval [{one.low:.4g}, {one.high:.4g}]",
-            metric_value=float(f"{one.value:.6g}"),
-            metric_args={"head": one.head, "low": one.low, "high": one.high, "confidence": 0.95, MADE_BY: True},
+            metric_value=_rounded(one.value),
+            metric_args={
+                "head": one.head,
+                "low": _rounded(one.low),
+                "high": _rounded(one.high),
+                "confidence": 0.95,
+                MADE_BY: True,
+            },
         )
         for one in ([] if evaluation is None else evaluation.measured)
     ]
@@ -169,6 +175,10 @@ def _backbone_argument(backbone: BackboneConfig) -> str:
 def _fact(value: Any) -> str:
     """A value in one line that neither ends a comment nor opens an element."""
     return json.dumps(value).replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _number(value: object) -> str:

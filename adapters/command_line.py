@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 
@@ -31,3 +33,8 @@ def command_words(
 
 def _words(value: Any) -> list[str]:
     return [str(one) for one in (value if isinstance(value, tuple) else (value,))]
+
+
+def published(words: Sequence[str]) -> str:
+    """The command in one line for a card that others will read: of a path of this machine its last part only."""
+    return shlex.join(Path(word).name if word.startswith(("/", "~")) else word for word in words)

@@ -82,7 +82,7 @@ def write_report(
     if check_launch().is_main:
         for name, content in zip(FILES, (results.json(), results.markdown(), html), strict=True):
             replace_file(folder / name, content.encode())
-        for name, picture in pictures(found.figures, found.drawn, look_of(found)).items():
+        for name, picture in pictures(found.figures, found.given or found.drawn, look_of(found)).items():
             replace_file(folder / name, picture)
     return results
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from ..adapters.command_line import command_words, published
 from ..adapters.distributed import check_launch
 from ..adapters.errors import OptionError
 
@@ -141,10 +142,12 @@ class Zoo:
     def _build(self, found: list) -> None:
         from .zoo_build import build
 
+        options = {"data": self.data, "ood": self.ood, "checkpoint": self.checkpoint, "device": self.device}
         for entry in found:
-            folder = build(
-                entry, self.folder, data=self.data, ood=self.ood, checkpoint=self.checkpoint, device=self.device
+            words = command_words(
+                replace(self, names=(entry.name,)), ("posthoc", "zoo"), ("what", "names"), ("folder", "device")
             )
+            folder = build(entry, self.folder, command=published(words), **options)
             _tell([f"{entry.name}: {folder}"])
 
     def _publish(self, found: list) -> None:

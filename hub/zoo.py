@@ -35,11 +35,6 @@ class Entry:
     held_back: float
     seed: int
 
-    @property
-    def command(self) -> str:
-        """What makes it."""
-        return f"posthoc zoo build {self.name}"
-
 
 @cache
 def entries() -> dict[str, Entry]:

@@ -13,7 +13,8 @@ from ..adapters.backbone import Backbone, build_backbone
 from ..adapters.data import open_source
 from ..adapters.errors import DataError
 from ..adapters.features import Features
-from ..adapters.model import UncertainModel, load, wrap
+from ..adapters.model import load, wrap
+from ..adapters.source_base import LABEL_COLUMNS, Source
 from ..eval.inputs import from_features, read
 from ..eval.report import write_report
 from .evaluation import FOLDER
@@ -35,46 +36,43 @@ def build(
     ood: Sequence[str] = (),
     checkpoint: Path | None = None,
     device: str | None = None,
+    command: str | None = None,
     resamples: int = 1000,
 ) -> Path:
     """Fit, evaluate and describe one adapter; returns its folder, OUTPUT/NAME.
 
     Args:
         data, ood: other places of the images, and of the OOD sets, than the list's.
+        command: what asks for it, for the card.
         checkpoint: the backbone's weights, where its own cannot be downloaded; such an adapter is loaded with `backbone=`.
 
     Raises DataError where the images have no labels of the backbone's classes.
     """
-    name = entry.backbone
-    backbone = build_backbone(name, pretrained=checkpoint is None, checkpoint=checkpoint, device=device)
+    backbone = build_backbone(entry.backbone, pretrained=checkpoint is None, checkpoint=checkpoint, device=device)
     source = open_source(data or entry.images, entry.split)
     features = backbone.extract(source)
-    features = dataclasses.replace(
-        features, label=classifier_labels(features, getattr(source, "classes", None), backbone)
-    )
-    fitting, back = split(np.asarray(features.label), entry.held_back, entry.seed)
-    model = wrap(backbone, entry.head, **{entry.head: OPTIONS[entry.head]} if entry.head in OPTIONS else {})
+    label = classifier_labels(features, class_names(source), backbone)
+    features = dataclasses.replace(features, label=label)
+    fitting, back = split(label, entry.held_back, entry.seed)
+    # a third of what is held back is for the temperature of the softmax beside the head
+    tuning, scored = (back[rows] for rows in split(label[back], 2 / 3, entry.seed))
+    model = wrap(backbone, entry.head, **OPTIONS.get(entry.head, {}))
     model.fit(features[fitting], positives="labels", seed=entry.seed)
-    model.fitted_on["fit"]["command"] = entry.command
+    model.fitted_on["fit"]["command"] = command or f"posthoc zoo build {entry.name}"
     folder = Path(model.save_pretrained(output / entry.name))
-    _evaluate(load(folder, backbone=backbone), features[back], entry, list(ood) or list(entry.ood), folder, resamples)
-    write_card(folder, f"zoo/{entry.name}")
-    return folder
-
-
-def _evaluate(
-    model: UncertainModel, back: Features, entry: Entry, ood: list[str], folder: Path, resamples: int
-) -> None:
-    outside = [read(place, model) for place in ood]
-    inside = from_features(f"{Path(entry.images).name}, held back", back, model)
+    loaded = load(folder, backbone=backbone)
+    outside = [read(place, loaded) for place in ood or entry.ood]
+    told = f"{Path(data or entry.images).stem}, held back"
     write_report(
         folder / FOLDER,
-        inside=inside,
+        inside=from_features(told, features[scored], loaded),
         outside=outside,
+        held_out=from_features(f"{told} too", features[tuning]),
         resamples=resamples,
         seed=entry.seed,
-        command=entry.command.split(),
     )
+    write_card(folder, f"zoo/{entry.name}")
+    return folder
 
 
 def split(label: np.ndarray, held_back: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,6 +85,15 @@ def split(label: np.ndarray, held_back: float, seed: int) -> tuple[np.ndarray, n
     return np.sort(order[~back]), np.sort(order[back])
 
 
+def class_names(source: Source) -> list[str] | None:
+    """What the data call their classes, in the order of their labels; None where they do not tell."""
+    if getattr(source, "classes", None):
+        return list(source.classes)  # type: ignore[attr-defined]
+    columns = getattr(getattr(source, "plain", None), "features", None) or {}
+    label = next((columns[name] for name in LABEL_COLUMNS if name in columns), None)
+    return list(label.names) if getattr(label, "names", None) else None
+
+
 def classifier_labels(features: Features, names: Sequence[str] | None, backbone: Backbone) -> np.ndarray:
     """Labels [N] as the backbone's classifier counts: where classes are named by WordNet id, the place of that id among its own.
 
@@ -96,7 +103,7 @@ def classifier_labels(features: Features, names: Sequence[str] | None, backbone:
         raise DataError("the zoo's adapters need images with class labels")
     label = np.asarray(features.label)
     if not names or not all(one[:1] == "n" and one[1:].isdigit() and len(one) == 9 for one in names):
-        return label
+        return _checked(label, features, backbone)
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset(backbone.module)
@@ -106,4 +113,15 @@ def classifier_labels(features: Features, names: Sequence[str] | None, backbone:
         raise DataError(
             f"{backbone.name} has no classes {', '.join(missing[:3])}: the images' labels are not its classes"
         )
-    return np.array([known[one] for one in names])[label]
+    return _checked(np.array([known[one] for one in names])[label], features, backbone)
+
+
+def _checked(label: np.ndarray, features: Features, backbone: Backbone) -> np.ndarray:
+    right = (np.asarray(features.logits).argmax(1) == label).mean()
+    share = np.unique(label, return_counts=True)[1].max() / len(label)
+    if right <= min(2 * share, 0.5):
+        raise DataError(
+            f"{backbone.name} is right for {right:.1%} of the images: their labels are not its classes. Folders or classes named "
+            "by WordNet id (n01440764) are understood; other labels must be the classifier's numbers"
+        )
+    return label
