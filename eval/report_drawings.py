@@ -107,7 +107,9 @@ def _png(drawing: Drawing, title: str) -> bytes:
     buffer = io.BytesIO()
     size = drawing.width * 1.3, drawing.height * 1.3 + 0.5
     with warnings.catch_warnings(), figure_like(*size, {"text.parse_math": False}) as figure:
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name may be written in any script: a box stands for it
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing"
+        )  # a name may be written in any script: a box stands for it
         axis = drawing.draw(figure)
         axis.set_title(title)
         legend(figure, axis, 3)
