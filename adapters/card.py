@@ -16,6 +16,7 @@ from .card_sections import MADE_BY, merge, metadata, seal
 from .config import AdapterConfig, BackboneConfig, HeadConfig
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+KINDS = ("aleatoric", "decision", "total", "epistemic")
 MEASURES: dict[str, tuple[str, str]] = {
     "kappa": (
         "how ambiguous the image itself is: the spread of a von Mises-Fisher distribution around its embedding",
@@ -103,7 +104,7 @@ def render_card(
         license=license,
     )
     fresh = seal(str(card).rstrip() + "\n")
-    return fresh if previous is None else merge(previous, fresh)
+    return fresh if previous is None else merge(previous, fresh, {*MEASURES, *KINDS})
 
 
 def _metadata(config: AdapterConfig, evaluation: Evaluation | None, license: str | None) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import yaml
@@ -36,12 +37,12 @@ def was_edited(card: str) -> bool:
     return found is None or found["digest"] != _signature(card)
 
 
-def merge(previous: str, fresh: str) -> str:
+def merge(previous: str, fresh: str, words: Collection[str] = ()) -> str:
     """The fresh card, with what a user wrote into the previous one.
 
     Text outside the sections is the previous card's. A section that was changed, or taken out, stays so; a warning names
-    those that were changed. The metadata's fields and tags that are not in the fresh card stay, and results that posthoc
-    did not measure. A previous card without a section of ours is a user's own: its text stands below the fresh one's.
+    those that were changed. The metadata's fields and tags that are not in the fresh card stay, save tags among `words`, which
+    only posthoc sets, and so do results that posthoc did not measure. A previous card without a section of ours is a user's own: its text stands below the fresh one's.
     """
     new = {found["name"]: found[0] for found in SECTION.finditer(fresh)}
     kept = _changed(previous)
@@ -60,7 +61,7 @@ def merge(previous: str, fresh: str) -> str:
         text = SECTION.sub(renewed, text)
     else:
         text = f"{SIGNATURE.sub('', _split(fresh)[1]).rstrip()}\n\n{text.strip()}"
-    return _signed(f"---\n{_merged(metadata(previous), metadata(fresh))}\n---\n{text.rstrip()}\n")
+    return _signed(f"---\n{_merged(metadata(previous), metadata(fresh), words)}\n---\n{text.rstrip()}\n")
 
 
 def metadata(card: str) -> dict[str, Any]:
@@ -108,11 +109,12 @@ def _split(card: str) -> tuple[str, str]:
     return ("", card) if found is None else (found["yaml"], card[found.end() :])
 
 
-def _merged(old: dict[str, Any], new: dict[str, Any]) -> str:
+def _merged(old: dict[str, Any], new: dict[str, Any], words: Collection[str]) -> str:
     """Fields of both, the fresh ones first; tags of both; results of the fresh card and those that others gave."""
     tags = old.get("tags")
     merged = {**new, **{key: value for key, value in old.items() if key not in new}}
-    merged["tags"] = list(dict.fromkeys([*new["tags"], *(tags if isinstance(tags, list) else [])]))
+    kept = [tag for tag in tags if tag not in words] if isinstance(tags, list) else []
+    merged["tags"] = list(dict.fromkeys([*new["tags"], *kept]))
     results = [*_results(new), *_of_others(_results(old))]
     merged.pop("model-index", None)
     if results:
