@@ -51,6 +51,12 @@ def prepare(backbone: Backbone, heads: list[Head], data: Any, options: FitOption
     positives, ids = resolve_positives(options.positives, features, any(head.uses_pairs for head in heads))
     check_classes(features, positives, ids, heads)
     mask = held_out_mask(features.row, options.validation, training.seed, _group(options.group, features))
+    if (
+        ~mask
+    ).sum() < 2:  # heads store the fitting rows' mean, and that of one row is the row: training data in an adapter
+        raise DataError(
+            f"validation={options.validation} leaves one of {len(mask)} rows to fit: give more rows, or hold out less"
+        )
     needs_views = positives == "views" and any(head.uses_pairs for head in heads)
     classifier, reason = _classifier(backbone)
     return FitData(
