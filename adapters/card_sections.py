@@ -41,8 +41,9 @@ def merge(previous: str, fresh: str, words: Collection[str] = ()) -> str:
     """The fresh card, with what a user wrote into the previous one.
 
     Text outside the sections is the previous card's. A section that was changed, or taken out, stays so; a warning names
-    those that were changed. The metadata's fields and tags that are not in the fresh card stay, save tags among `words`, which
-    only posthoc sets, and so do results that posthoc did not measure. A previous card without a section of ours is a user's own: its text stands below the fresh one's.
+    those that were changed. The metadata's fields and tags that are not in the fresh card stay, save tags among `words`,
+    which only posthoc sets, and so do results that posthoc did not measure. A previous card without a section of ours is a
+    user's own: its text stands below the fresh one's.
     """
     new = {found["name"]: found[0] for found in SECTION.finditer(fresh)}
     kept = _changed(previous)
