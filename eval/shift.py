@@ -188,6 +188,10 @@ def shift_tables(
     return [replace(first, notes=(*make.notes, *first.notes)), *rest]
 
 
+FREE = 6
+"""Scores beside the heads in a plot, one for each grey and dash there is."""
+
+
 class _Maker:
     """Makes the tables of one `Shifted` with the same resamples."""
 
@@ -261,11 +265,17 @@ class _Maker:
 
 
 def draw_shift(path: Path, tables: Sequence[Table], heads: Sequence[str] = ()) -> None:
-    """A panel for each table, severity to the right; heads in colour with their intervals, what costs nothing in grey."""
+    """A panel for each table, severity to the right; heads in colour with their intervals, what costs nothing in grey.
+
+    Of the scores that are no heads' the first `FREE` in the order of the tables, which hold all of them: with more no line
+    could be told from the next.
+    """
     from .plots import curves, legend, looks, page
 
     names = list(dict.fromkeys(name for table in tables for name in table.cells))
-    look = looks([n for n in names if n in heads], [n for n in names if n not in heads])
+    scores = [n for n in names if n in tables[-1].cells and n not in heads][:FREE]
+    kept = [n for n in names if n in scores or n not in tables[-1].cells]
+    look = looks([n for n in names if n in heads], kept)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     columns = min(3, len(tables))
     with page(part, 4.4 * columns, 3.4 * -(-len(tables) // columns) + 0.6) as figure:
@@ -273,7 +283,7 @@ def draw_shift(path: Path, tables: Sequence[Table], heads: Sequence[str] = ()) -
         for axis, table in zip(panels.flat, tables, strict=True):
             shown = table.metrics[:-1]
             x = [int(metric.split()[1]) for metric in shown]
-            lines = {name: [row[metric].value for metric in shown] for name, row in table.cells.items()}
+            lines = {name: [row[metric].value for metric in shown] for name, row in table.cells.items() if name in look}
             title = str(table.about["metric"])
             curves(axis, x, lines, look, title=title, xlabel="severity", ylabel="")
             axis.set_xticks(x)
