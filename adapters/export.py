@@ -191,6 +191,9 @@ def _traced(graph: _Graph, shape: Sequence[int]) -> Any:
             nodes.erase_node(node)
     nodes.eliminate_dead_code()
     program.graph_module.recompile()
+    for name, value in program.state_dict.items():
+        if isinstance(value, nn.Parameter):  # nothing is trained any more, and answers need no detach()
+            program.state_dict[name] = nn.Parameter(value.detach(), requires_grad=False)
     return program
 
 

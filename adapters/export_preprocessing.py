@@ -10,7 +10,7 @@ from PIL import Image
 
 from .backbone import Backbone
 
-RULES = ("shorter side", "exact", "cover", "contain")
+TO_TENSOR = 3  # the place of the step that divides by 255
 LEVEL = 1 / 255  # a rounding of one of 256 levels, before the division by std
 
 
@@ -18,7 +18,8 @@ def describe_preprocessing(backbone: Backbone) -> dict[str, Any]:
     """What a PIL image goes through before the network, JSON-able; `preprocess` follows it.
 
     "complete" says whether the description is all there is to it, which was tried on images: a transform of other steps
-    than a resize, a centred crop, the division by 255 and a normalisation is only named.
+    than a resize, a centred crop, the division by 255 and a normalisation is only named. Of the resize's rules, "shorter side"
+    and "exact" are torchvision's, "cover" and "contain" timm's: see `resized`.
     """
     known = backbone.preprocessing
     told: dict[str, Any] = {"complete": False, "colour": "RGB", "resize": None, "interpolation": None, "crop": None}
@@ -78,7 +79,7 @@ def _steps(transform: Any) -> dict[str, Any] | None:
         if place <= done:
             return None
         done, told = place, told | found
-    return told if done == 4 else None
+    return {"mean": [0.0] * 3, "std": [1.0] * 3} | told if done >= TO_TENSOR else None
 
 
 def _step(name: str, step: Any) -> tuple[int, dict[str, Any]]:
@@ -94,7 +95,7 @@ def _step(name: str, step: Any) -> tuple[int, dict[str, Any]]:
         fill = getattr(step, "fill", 0)
         return 2, {"crop": {"size": _pair(step.size), "fill": [fill] * 3 if isinstance(fill, int) else list(fill)}}
     if name in ("ToTensor", "MaybeToTensor"):
-        return 3, {}
+        return TO_TENSOR, {}
     if name == "Normalize":
         return 4, {part: [float(value) for value in getattr(step, part)] for part in ("mean", "std")}
     return 0, {}

@@ -114,3 +114,36 @@ def test_evaluation_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_every_evaluation_is_described(name: str) -> None:
     assert f"| `{name}` | " in _page("evaluation.md")
+
+
+def test_export_snippet_answers_as_the_model_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import timm
+    from PIL import Image
+
+    import posthoc
+
+    (snippet,) = re.findall(r"```python\n(.*?)```", _page("export.md"), flags=re.DOTALL)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = timm.create_model("test_resnet", pretrained=False, num_classes=3)
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (90, 40, 56, 3), dtype=np.uint8), rng.integers(0, 3, 90)
+    model = posthoc.wrap(network, "loss").fit((images, labels), epochs=1, validation=0.3)
+    monkeypatch.chdir(tmp_path)
+    model.export("model.onnx")
+    Image.fromarray(images[0]).save("photo.jpg", quality=95)
+    names: dict = {}
+    exec(compile(snippet, "snippet", "exec"), names)
+    with Image.open("photo.jpg") as photo:
+        expected = model.predict(photo)
+    assert names["limit"] == model.threshold(coverage=0.95)
+    score, percentile, abstain = capsys.readouterr().out.splitlines()[-1].split()
+    assert float(score) == pytest.approx(float(expected.uncertainty), rel=1e-4)
+    place = model.held_out["loss"].percentile(torch.from_numpy(names["answers"]["uncertainty"]))
+    assert float(percentile) == pytest.approx(float(place))
+    assert abstain == str(float(score) > names["limit"])
+    for size in ((300, 200), (31, 90)):
+        other = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        assert np.abs(names["prepare"](other) - model.backbone.prepare([other]).numpy()).max() < 0.01
