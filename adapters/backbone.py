@@ -15,7 +15,7 @@ from .images import Transform, apply_transform, check_ready, is_ready, ready_bat
 from .module_backbone import ModuleReader
 from .probing import first_reader, free_probes, noise, read_network, settled_reader, timm_probes, transform_probe
 from .reading import BackboneOutput, Structure, as_linear
-from .timm_backbone import HUB_PREFIX, TimmReader, create_timm, is_timm, timm_preprocessing
+from .timm_backbone import HUB_PREFIX, TimmReader, cached_commit, create_timm, is_timm, timm_preprocessing
 from .weights import dependent_tensors, load_strictly, read_checkpoint, tensor_fingerprint, weights_state
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def build_backbone(
     if isinstance(backbone, str) and checkpoint is None:
         weights = "pretrained" if pretrained else "random"
     preprocessing, own_transform = timm_preprocessing(module) if is_timm(module) else ({}, None)
-    source, name, revision = _identity(backbone, module)
+    source, name, revision = _identity(backbone, module, weights)
     result = Backbone(
         module if device is None else module.to(device),
         source=source,
@@ -304,14 +304,16 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module if inner is None else _unwrapped(inner)
 
 
-def _identity(given: str | nn.Module, module: nn.Module) -> tuple[str, str, str | None]:
-    """source, name and revision."""
+def _identity(given: str | nn.Module, module: nn.Module, weights: str) -> tuple[str, str, str | None]:
+    """source, name and revision: the commit of the hub that pretrained weights came from, where one can be told."""
     if isinstance(given, str) and given.startswith(HUB_PREFIX):
         name, _, revision = given.partition("@")
-        return "hub", name, revision or None
+        commit = cached_commit(name.removeprefix(HUB_PREFIX), revision or None) if weights == "pretrained" else None
+        return "hub", name, commit or revision or None
     if is_timm(module):
         config: Any = module.pretrained_cfg
         architecture, tag = config.get("architecture"), config.get("tag")
         if architecture:
-            return "timm", f"{architecture}.{tag}" if tag else architecture, None
+            name = f"{architecture}.{tag}" if tag else architecture
+            return "timm", name, cached_commit(f"timm/{name}") if weights == "pretrained" else None
     return "module", type(module).__name__, None

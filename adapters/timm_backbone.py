@@ -10,15 +10,20 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from .errors import BackboneError
+from .files import commit_of
 from .reading import NO_LINEAR, BackboneOutput, Call, Structure, as_linear, close, pooled, record, same_tensor, tapped
 from .weights import load_strictly, read_checkpoint
 
 HUB_PREFIX = "hf-hub:"
+WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+"""What timm looks for in a repository of the hub."""
 _BEFORE = "forward_head(pre_logits=True)"
 
 
@@ -51,6 +56,18 @@ def create_timm(name: str, pretrained: bool, checkpoint: str | Path | None) -> n
     if state is not None and checkpoint is not None:
         load_strictly(model, state, checkpoint, name)
     return model
+
+
+def cached_commit(repo_id: str, revision: str | None = None) -> str | None:
+    """The commit in the hub's cache that weights of this repository were just read from; None where none is there."""
+    for name in (*WEIGHTS, "config.json"):
+        try:
+            found = try_to_load_from_cache(repo_id, name, revision=revision)
+        except HFValidationError:
+            return None
+        if isinstance(found, str) and (commit := commit_of(Path(found).parent)) is not None:
+            return commit
+    return None
 
 
 def _check_name(name: str) -> None:
