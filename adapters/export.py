@@ -234,7 +234,9 @@ def _differences(found: Mapping[str, np.ndarray], graph: _Graph, images: Tensor)
     for name, value in expected.items():
         answer = found[name]
         same = answer.shape == value.shape and answer.dtype == value.dtype
-        largest = 1.0 if name.endswith("percentile") else max(float(np.abs(value).max()), np.finfo(np.float32).tiny)
+        largest = (
+            1.0 if name.endswith("percentile") else max(float(np.abs(value).max()), float(np.finfo(np.float32).tiny))
+        )
         differences[name] = float(np.abs(answer - value).max()) / largest if same else np.inf
     return differences
 

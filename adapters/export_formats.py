@@ -65,8 +65,9 @@ def _searchsorted(
     sorter: Any = None,
 ) -> Any:
     """torch.searchsorted(right=True) of values [B] in [Q], which ONNX has not: how many of the Q are not above."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
+    op: Any = opset18
     if not right or out_int32 or side is not None or sorter is not None:
         raise NotImplementedError("only searchsorted(..., right=True) is translated")
     last = op.Constant(value_ints=[-1])

@@ -36,8 +36,8 @@ def describe_preprocessing(backbone: Backbone) -> dict[str, Any]:
 def preprocess(image: Image.Image, told: dict[str, Any]) -> np.ndarray:
     """A PIL RGB image as the network takes it, float32 [3,H,W], by a complete description."""
     if told["resize"] is not None:
-        filter = Image.Resampling[told["interpolation"].upper()]
-        image = image.resize(resized(image.size, **told["resize"]), filter)
+        kernel = Image.Resampling[told["interpolation"].upper()]
+        image = image.resize(resized(image.size, **told["resize"]), kernel)
     if told["crop"] is not None:
         image = _cropped(image, told["crop"]["size"], tuple(told["crop"]["fill"]))
     pixels = np.asarray(image, dtype=np.float32) / told["divide_by"]
