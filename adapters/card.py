@@ -131,7 +131,6 @@ def _metadata(config: AdapterConfig, evaluation: Evaluation | None, license: str
         )
         for one in ([] if evaluation is None else evaluation.measured)
     ]
-    named = {"eval_results": results, "model_name": f"Uncertainty for {backbone.name}"} if results else {}
     return ModelCardData(
         library_name="posthoc",
         tags=list(dict.fromkeys(tags)),
@@ -139,7 +138,8 @@ def _metadata(config: AdapterConfig, evaluation: Evaluation | None, license: str
         base_model_relation="adapter" if _base_model(backbone) else None,
         pipeline_tag="image-classification" if backbone.num_classes else "image-feature-extraction",
         license=license,
-        **named,
+        eval_results=results or None,
+        model_name=f"Uncertainty for {backbone.name}" if results else None,
     )
 
 

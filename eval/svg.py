@@ -10,7 +10,7 @@ import html
 import io
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from .plots import COLOURS, FAINT, GREYS, INK, STYLE, figure_like
@@ -37,7 +37,7 @@ _SETTINGS = {
 }
 
 
-def svg(draw: Callable[[Figure], None], width: float, height: float, *, name: str, alt: str) -> str:
+def svg(draw: Callable[[Figure], Any], width: float, height: float, *, name: str, alt: str) -> str:
     """An <svg> element of what `draw` draws on a figure of that size in inches; equal input gives equal text.
 
     name: letters and digits, put before every id: figures of different names can stand in one page. alt: what it

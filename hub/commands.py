@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -142,12 +143,19 @@ class Zoo:
     def _build(self, found: list) -> None:
         from .zoo_build import build
 
-        options = {"data": self.data, "ood": self.ood, "checkpoint": self.checkpoint, "device": self.device}
         for entry in found:
             words = command_words(
                 replace(self, names=(entry.name,)), ("posthoc", "zoo"), ("what", "names"), ("folder", "device")
             )
-            folder = build(entry, self.folder, command=published(words), **options)
+            folder = build(
+                entry,
+                self.folder,
+                data=self.data,
+                ood=self.ood,
+                checkpoint=self.checkpoint,
+                device=self.device,
+                command=published(words),
+            )
             _tell([f"{entry.name}: {folder}"])
 
     def _publish(self, found: list) -> None:
@@ -160,12 +168,11 @@ class Zoo:
                 f"{self.folder} has none of {', '.join(entry.name for entry in found[:3])}: first `posthoc zoo build NAME`, or "
                 "give --folder"
             )
-        options = {"private": self.private or None, "license": self.license}
         for name in there:
-            address = check_launch().on_main(
-                lambda name=name: push(self.folder / name, f"{namespace()}/{name}", **options)
+            push_it = partial(
+                push, self.folder / name, f"{namespace()}/{name}", private=self.private or None, license=self.license
             )
-            _tell([f"{name}: {address}"])
+            _tell([f"{name}: {check_launch().on_main(push_it)}"])
 
 
 def _tell(lines: list[str]) -> None:

@@ -66,10 +66,16 @@ def push(
         card = _card(config, repo_id, own, theirs, evaluation=evaluation, license=license)
         operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in names]
         operations += [CommitOperationAdd(CARD_NAME, card.encode()), *map(CommitOperationDelete, stale)]
-        options = {"commit_message": message, "revision": revision, "create_pr": create_pr, "parent_commit": parent}
         try:
             with told("push", repo_id, revision):
-                commit = api.create_commit(repo_id, operations, **options)
+                commit = api.create_commit(
+                    repo_id,
+                    operations,
+                    commit_message=message,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=parent,
+                )
         except AdapterError as error:
             if _came_between(error):
                 continue
@@ -82,7 +88,7 @@ def push(
 def _there(api: HfApi, repo_id: str, revision: str | None, names: list[str]) -> tuple[str, str | None, list[str]]:
     """The commit that is there, its card, and files of an earlier evaluation that the new adapter does not have."""
     with told("look up the repository", repo_id, revision), TemporaryDirectory() as place:
-        info = api.repo_info(repo_id, revision=revision)
+        info = api.model_info(repo_id, revision=revision)
         assert info.sha is not None
         files = [one.rfilename for one in info.siblings or []]
         card = None

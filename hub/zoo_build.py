@@ -11,6 +11,7 @@ import numpy as np
 
 from ..adapters.backbone import Backbone, build_backbone
 from ..adapters.data import open_source
+from ..adapters.distributed import check_launch
 from ..adapters.errors import DataError
 from ..adapters.features import Features
 from ..adapters.model import load, wrap
@@ -71,7 +72,7 @@ def build(
         resamples=resamples,
         seed=entry.seed,
     )
-    write_card(folder, f"zoo/{entry.name}")
+    check_launch().on_main(lambda: write_card(folder, f"zoo/{entry.name}"))
     return folder
 
 
@@ -89,8 +90,8 @@ def class_names(source: Source) -> list[str] | None:
     """What the data call their classes, in the order of their labels; None where they do not tell."""
     if getattr(source, "classes", None):
         return list(source.classes)  # type: ignore[attr-defined]
-    columns = getattr(getattr(source, "plain", None), "features", None) or {}
-    label = next((columns[name] for name in LABEL_COLUMNS if name in columns), None)
+    columns: dict[str, Any] = getattr(getattr(source, "plain", None), "features", None) or {}
+    label: Any = next((columns[name] for name in LABEL_COLUMNS if name in columns), None)
     return list(label.names) if getattr(label, "names", None) else None
 
 
