@@ -61,7 +61,7 @@ def test_every_objective_is_described(name: str) -> None:
 def test_readme_snippets_of_an_own_network_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import posthoc
 
-    own, thresholds, saving = re.findall(r"```python\n(.*?)```", _page("../README.md"), flags=re.DOTALL)[1:]
+    own, thresholds, saving, _ = re.findall(r"```python\n(.*?)```", _page("../README.md"), flags=re.DOTALL)[1:]
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
