@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -141,6 +140,8 @@ class TemperatureHead(Head):
     @torch.no_grad()
     def _rise(self, severity: np.ndarray, embedding: Tensor) -> float:
         """Spearman of the uncertainty with blur severity within images, averaged. embedding [S, n, D]."""
+        from scipy.stats import rankdata  # a second to import, for what only a search needs
+
         s, n, d = embedding.shape
         certain = self.raw(embedding.reshape(s * n, d)).reshape(s, n).cpu().numpy()
         certain = certain.round(4)  # what differs by rounding only is a tie
