@@ -16,7 +16,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from . import __version__
-from .adapters.command_backbone import named_backbone, read_adapter
+from .adapters.command_backbone import named_backbone
 from .adapters.errors import OptionError, PosthocError
 from .adapters.export_command import Export
 from .hub.commands import Pull, Push, Search, Zoo
@@ -218,10 +218,16 @@ class Info:
     def run(self) -> None:
         from dataclasses import asdict
 
-        config = read_adapter(self.adapter, self.revision)
+        from .adapters.files import commit_of, read_config
+        from .adapters.locate import locate
+
+        folder = locate(self.adapter, self.revision)
+        config = read_config(folder)
         if self.json:
             print(json.dumps(asdict(config), indent=2))
             return
+        if commit := commit_of(folder):
+            print(f"commit       {commit} of {self.adapter}")
         b = config.backbone
         revision = f", revision {b.revision}" if b.revision else ""
         print(f"backbone     {b.name} ({b.source}, weights {b.weights}{revision})")
