@@ -115,6 +115,8 @@ class Zoo:
     """the backbone's weights, where they cannot be downloaded"""
     device: str | None = None
     """where the network runs, such as cuda; without it: the CPU"""
+    resamples: int = 1000
+    """of the bootstrap of what is measured"""
     private: bool = False
     """publish in repositories that are only for those they are shared with"""
     license: str | None = None
@@ -155,6 +157,7 @@ class Zoo:
                 checkpoint=self.checkpoint,
                 device=self.device,
                 command=published(words),
+                resamples=self.resamples,
             )
             _tell([f"{entry.name}: {folder}"])
 
