@@ -116,8 +116,8 @@ def _logits(name: str, make: Callable[[Any, float], Any] = lambda kind, _: kind(
 
 
 def _openmax(given: Fitting) -> Score:
-    """OpenMax as pytorch-ood fits it, scored by `open_max`."""
-    score = open_max(given.module.OpenMax(None, tailsize=int(given.value)).fit_logits(given.logits, given.label))
+    """OpenMax, by `open_max`."""
+    score = open_max(given.logits, given.label, int(given.value))
     return lambda _, logit: score(logit)
 
 

@@ -308,3 +308,30 @@ def test_openmax_equals_pytorch_ood_where_every_class_is_predicted():
         wanted = theirs.predict_logits(torch.cat([logits(x), torch.eye(CLASSES)]))[:60].numpy()
         found = fit_detectors(Training(f, there, weight, bias), ["OpenMax"]).scores(x)["OpenMax"]
         assert found == pytest.approx(wanted, rel=1e-4)  # their distances are float32, taken to a power of thousands
+
+
+def test_weibull_is_of_the_greatest_likelihood():
+    from scipy.stats import weibull_min
+
+    from posthoc.eval.openmax import STEEPEST, weibull
+
+    rng = np.random.default_rng(0)
+    samples = [
+        rng.weibull(2, 30),
+        5 * rng.weibull(0.7, 12),
+        1e4 + rng.random(25),
+        np.array([3.0, 4.0]),
+        np.array([2.0]),
+    ]
+    shape, scale = weibull(samples)
+    for k, one in enumerate(samples[:4]):
+        c, _, s = weibull_min.fit(one, floc=0)
+        assert (
+            weibull_min.logpdf(one, shape[k], scale=scale[k]).sum() >= weibull_min.logpdf(one, c, scale=s).sum() - 1e-6
+        )
+        for wrong in (0.99, 1.01):
+            assert weibull_min.logpdf(one, wrong * shape[k], scale=scale[k]).sum() < (
+                weibull_min.logpdf(one, shape[k], scale=scale[k]).sum()
+            )
+    assert shape[4] == STEEPEST
+    assert scale[4] == pytest.approx(2.0)
