@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterable
@@ -141,7 +143,7 @@ class Fit:
         kept = command_words(
             self, ("posthoc", "fit"), ("model", "data"), skip=("output", "cache_dir", "run_dir", "device")
         )
-        model.fitted_on["fit"]["command"] = published(kept)
+        model.fitted_on["fit"]["command"] = shlex.join(published(kept))
         folder = model.save_pretrained(self.output)
         for name, report in model.report.items():
             spread = _spread(report["held_out"])
@@ -372,6 +374,9 @@ def main(argv: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             _run(arguments)
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except PosthocError as error:
         print(f"posthoc: {error}", file=sys.stderr)
         raise SystemExit(2) from None

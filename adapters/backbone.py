@@ -315,5 +315,6 @@ def _identity(given: str | nn.Module, module: nn.Module, weights: str) -> tuple[
         architecture, tag = config.get("architecture"), config.get("tag")
         if architecture:
             name = f"{architecture}.{tag}" if tag else architecture
-            return "timm", name, cached_commit(f"timm/{name}") if weights == "pretrained" else None
+            asked = given.partition("@")[2] or None if isinstance(given, str) else None
+            return "timm", name, cached_commit(f"timm/{name}", asked) if weights == "pretrained" else None
     return "module", type(module).__name__, None

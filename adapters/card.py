@@ -42,6 +42,10 @@ MEASURES: dict[str, tuple[str, str]] = {
 }
 
 
+WORDS = frozenset({*MEASURES, *KINDS})
+"""Tags that posthoc alone sets."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """One figure of an evaluation: `value` of a metric of a head's score on a data set, and its 95 % interval."""
@@ -104,7 +108,7 @@ def render_card(
         license=license,
     )
     fresh = seal(str(card).rstrip() + "\n")
-    return fresh if previous is None else merge(previous, fresh, {*MEASURES, *KINDS})
+    return fresh if previous is None else merge(previous, fresh, WORDS)
 
 
 def _metadata(config: AdapterConfig, evaluation: Evaluation | None, license: str | None) -> Any:

@@ -1,8 +1,8 @@
 """Sections of a card, and how what a user changed in it outlives the next save.
 
 A section stands between `<!-- posthoc:NAME DIGEST -->` and `<!-- /posthoc:NAME -->`; the digest is of its text as it was
-written. Where it no longer fits, a user has changed the section. The last line holds a digest of all the rest, which tells
-whether a user has changed anything since.
+written. Where it no longer fits, a user has changed the section. The last line holds digests of all the rest, one for each
+time that the card was written with another: which of two cards came from the other can be told by them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import yaml
@@ -22,19 +22,27 @@ SECTION = re.compile(
 )
 MADE_BY = "posthoc"
 """The argument that marks a result in the metadata as ours to replace."""
-SIGNATURE = re.compile(r"\s*<!-- posthoc (?P<digest>[0-9a-f]{12}) -->\s*\Z")
+LINEAGE = re.compile(r"\s*<!-- posthoc(?P<digests>( [0-9a-f]{12})+) -->\s*\Z")
+LONGEST = 20
+"""Digests that are kept of a card's past."""
 HEADER = re.compile(r"\A---\n(?P<yaml>.*?)\n---\n", re.S)
 
 
 def seal(card: str) -> str:
     """The card with the digest of every section's text in its opening marker, and that of the rest in its last line."""
-    return _signed(SECTION.sub(lambda found: _section(found["name"], found["body"]), card))
+    return _signed(SECTION.sub(lambda found: _section(found["name"], found["body"]), card), ())
 
 
-def was_edited(card: str) -> bool:
-    """Whether a card was changed by hand since it was written here."""
-    found = SIGNATURE.search(card)
-    return found is None or found["digest"] != _signature(card)
+def holds_edits(card: str, fresh: str, words: Collection[str] = ()) -> bool:
+    """Whether anything in a card is a user's: whether `merge` into a fresh one makes another of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return LINEAGE.sub("", merge(card, fresh, words)) != LINEAGE.sub("", merge(fresh, fresh, words))
+
+
+def descends(card: str, ancestor: str) -> bool:
+    """Whether a card is one of before with what was written and edited since."""
+    return _rest(ancestor) in (*_lineage(card), _rest(card))
 
 
 def merge(previous: str, fresh: str, words: Collection[str] = ()) -> str:
@@ -45,6 +53,7 @@ def merge(previous: str, fresh: str, words: Collection[str] = ()) -> str:
     which only posthoc sets, and so do results that posthoc did not measure. A previous card without a section of ours is a
     user's own: its text stands below the fresh one's.
     """
+    previous = previous.replace("\r\n", "\n")
     new = {found["name"]: found[0] for found in SECTION.finditer(fresh)}
     kept = _changed(previous)
     if kept:
@@ -57,12 +66,13 @@ def merge(previous: str, fresh: str, words: Collection[str] = ()) -> str:
     def renewed(found: re.Match[str]) -> str:
         return found[0] if found["name"] in kept else new.get(found["name"], found[0])
 
-    text = SIGNATURE.sub("", _split(previous)[1])
+    text = LINEAGE.sub("", _split(previous)[1])
     if SECTION.search(text):
         text = SECTION.sub(renewed, text)
     else:
-        text = f"{SIGNATURE.sub('', _split(fresh)[1]).rstrip()}\n\n{text.strip()}"
-    return _signed(f"---\n{_merged(metadata(previous), metadata(fresh), words)}\n---\n{text.rstrip()}\n")
+        text = f"{LINEAGE.sub('', _split(fresh)[1]).rstrip()}\n\n{text.strip()}"
+    card = f"---\n{_merged(metadata(previous), metadata(fresh), words)}\n---\n{text.rstrip()}\n"
+    return _signed(card, (*_lineage(previous), _rest(previous)))
 
 
 def metadata(card: str) -> dict[str, Any]:
@@ -83,16 +93,23 @@ def _changed(card: str) -> list[str]:
     return [found["name"] for found in SECTION.finditer(card) if found["digest"] != _digest(found["body"])]
 
 
-def _signed(card: str) -> str:
-    card = SIGNATURE.sub("", card).rstrip() + "\n"
-    return f"{card}\n<!-- posthoc {_signature(card)} -->\n"
+def _signed(card: str, past: Sequence[str]) -> str:
+    card = LINEAGE.sub("", card).rstrip() + "\n"
+    digests = [digest for digest in dict.fromkeys(past) if digest != _rest(card)]
+    return f"{card}\n<!-- posthoc {' '.join([*digests, _rest(card)][-LONGEST:])} -->\n"
 
 
-def _signature(card: str) -> str:
+def _lineage(card: str) -> list[str]:
+    found = LINEAGE.search(card)
+    return [] if found is None else found["digests"].split()
+
+
+def _rest(card: str) -> str:
     """Digest of what a user may have changed: everything but the sections as they were written."""
+    card = card.replace("\r\n", "\n")
     changed = _changed(card)
-    rest = SECTION.sub(lambda found: found[0] if found["name"] in changed else "", SIGNATURE.sub("", card))
-    return _digest(rest.replace("\r\n", "\n").strip())
+    rest = SECTION.sub(lambda found: found[0] if found["name"] in changed else "", LINEAGE.sub("", card))
+    return _digest(rest.strip())
 
 
 def _section(name: str, body: str) -> str:
@@ -105,7 +122,7 @@ def _digest(body: str) -> str:
 
 def _split(card: str) -> tuple[str, str]:
     """The metadata block and the text below it."""
-    card = card.replace("\r\n", "\n")
+    card = card.removeprefix("\ufeff").replace("\r\n", "\n")
     found = HEADER.match(card)
     return ("", card) if found is None else (found["yaml"], card[found.end() :])
 

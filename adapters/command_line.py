@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -35,6 +34,6 @@ def _words(value: Any) -> list[str]:
     return [str(one) for one in (value if isinstance(value, tuple) else (value,))]
 
 
-def published(words: Sequence[str]) -> str:
-    """The command in one line for a card that others will read: of a path of this machine its last part only."""
-    return shlex.join(Path(word).name if word.startswith(("/", "~")) else word for word in words)
+def published(words: Sequence[str]) -> list[str]:
+    """The words for what others will read: of a path of this machine its last part only."""
+    return [Path(word).name if word.startswith(("/", "~")) else word for word in words]

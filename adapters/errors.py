@@ -30,8 +30,12 @@ class OptionError(PosthocError):
     """An unknown name or a value out of range was given as an option."""
 
 
+MANY = 40
+"""Names beyond which an error tells the nearest only."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown `name`: the nearest known name, and all of them.
+    """The end of an error message about an unknown `name`: the nearest known name, and all of them, or the nearest of many.
 
     >>> suggest("kapa", ["kappa", "loss"])
     "did you mean 'kappa'? Known: kappa, loss."
@@ -39,4 +43,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name[:100], known, n=1)  # its time grows with a name that may be a stranger's
     hint = f"did you mean {close[0]!r}? " if close else ""
+    if len(known) > MANY:
+        near = difflib.get_close_matches(name[:100], known, n=5, cutoff=0.3) or known[:5]
+        return f"{hint}Known: {', '.join(near)} and {len(known) - len(near)} more."
     return f"{hint}Known: {', '.join(known)}."

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import AdapterError
+from .errors import AdapterError, OptionError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://.*", re.I)
@@ -37,12 +37,17 @@ def is_address(name: str | os.PathLike[str]) -> bool:
 def locate(folder_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The adapter's folder: an existing folder as it is, else the folder an address or a hub id was downloaded to.
 
-    Raises AdapterError when it is neither, or cannot be downloaded.
+    Raises AdapterError when it is neither, or cannot be downloaded, OptionError for a `revision` of what is on no hub.
     """
     folder = _folder(folder_or_hub_id)
+    name = os.fspath(folder_or_hub_id)
+    if revision is not None and (folder is not None or is_address(name)):
+        raise OptionError(
+            f"revision {revision!r} was given, which only an id on the hub has; {name!r} is "
+            f"{'a folder here' if folder is not None else 'an address'}"
+        )
     if folder is not None:
         return folder
-    name = os.fspath(folder_or_hub_id)
     if is_address(name):
         from .addresses import fetch  # it needs torch, and the face of the library does not
 

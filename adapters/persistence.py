@@ -197,8 +197,8 @@ def _attach(
         found = frozen.fingerprint(scope)
         if found != expected:
             raise BackboneError(
-                f"{folder} was fitted on {described.name} with the fingerprint {expected} ({scope}); this backbone, "
-                f"{frozen.name}, has {found}. Give the weights it was fitted on with load(..., backbone=...), or fit "
+                f"{folder} was fitted on {described.name}{_at(described)} with the fingerprint {expected} ({scope}); this "
+                f"backbone, {frozen.name}, has {found}. Give the weights it was fitted on with load(..., backbone=...), or fit "
                 "the adapter again on these."
             )
     # what only heads on the classifier depend on may differ where there are none: the classifier may be another's
@@ -209,6 +209,10 @@ def _attach(
             raise AdapterError(f"{folder}: its config says {name} {said}, the backbone has {found}")
     _check_preprocessing(config.preprocessing, frozen.preprocessing, folder)
     return frozen
+
+
+def _at(described: BackboneConfig) -> str:
+    return "" if described.revision is None else f" (revision {described.revision} on the hub)"
 
 
 def _address(described: BackboneConfig) -> str:

@@ -35,14 +35,19 @@ def is_timm(module: nn.Module) -> bool:
 def create_timm(name: str, pretrained: bool, checkpoint: str | Path | None) -> nn.Module:
     """A timm network by name or `hf-hub:` id, with pretrained, local or random weights.
 
-    A checkpoint with another number of classes decides that number. Raises BackboneError: unknown name or tag (the
-    nearest is suggested), failed download, weights that do not fit.
+    A timm name may end in @REVISION, of the repository timm/NAME on the hub that its pretrained weights are in. A checkpoint
+    with another number of classes decides that number. Raises BackboneError: unknown name or tag (the nearest is
+    suggested), failed download, weights that do not fit.
     """
+    more: dict[str, Any] = {}
     if not name.startswith(HUB_PREFIX):
+        name, _, revision = name.partition("@")
         _check_name(name)
+        if revision and pretrained and checkpoint is None:
+            more["pretrained_cfg_overlay"] = {"hf_hub_id": f"timm/{name}@{revision}"}
     state = None if checkpoint is None else read_checkpoint(checkpoint)
     try:
-        model = timm.create_model(name, pretrained=pretrained and state is None)
+        model = timm.create_model(name, pretrained=pretrained and state is None, **more)
         classes = model.num_classes if state is None else _checkpoint_classes(model, state)
         if classes != model.num_classes:
             model = timm.create_model(name, pretrained=False, num_classes=classes)

@@ -17,7 +17,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ..adapters.command_line import command_words
+from ..adapters.command_line import command_words, published
 from ..adapters.distributed import check_launch
 from ..adapters.errors import OptionError
 from ..adapters.files import replace_file
@@ -144,7 +144,7 @@ class Report(TableCommand):
             reference=self.reference,
             resamples=self.resamples,
             seed=self.seed,
-            command=command_words(self, ("posthoc", "eval", "report"), ("runs",)),
+            command=published(command_words(self, ("posthoc", "eval", "report"), ("runs",))),
         )
         if self.id is not None:
             self.check_reference([table for _, table in results.tables])

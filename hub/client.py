@@ -22,7 +22,7 @@ class UnreachableError(AdapterError):
 
 @contextmanager
 def told(action: str, repo_id: str, revision: str | None = None, file: str = "") -> Iterator[None]:
-    """Raises what the hub's client raises as AdapterError; `action`: what was being done, such as "download x.json".
+    """Raises what the hub's client raises as AdapterError; `action`: what was being done, such as "push to".
 
     `file`: the one that was asked for.
 
@@ -50,23 +50,41 @@ def told(action: str, repo_id: str, revision: str | None = None, file: str = "")
     except errors.HFValidationError as error:
         raise AdapterError(f"{repo_id!r} is not a hub id like 'org/resnet50-kappa': {error}") from error
     except errors.LocalTokenNotFoundError as error:
-        raise AdapterError(f"cannot {action}: nobody is logged in to the hub; {LOGIN}") from error
+        raise AdapterError(f"cannot {action} {at}: nobody is logged in to the hub; {LOGIN}") from error
     except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
-            raise AdapterError(
-                f"cannot {action}: the hub refuses this account {at} (status {status}); {LOGIN}, with a token that may do this"
-            ) from error
-        if status is not None and 400 <= status < 500 and status not in (408, 429):
-            raise AdapterError(f"cannot {action} of {at}: the hub says {_cause(error)}") from error
+        raise _refused(action, at, error) from error
+    except (OSError, *_transport()) as error:
         raise _unreachable(action, at, error) from error
-    except Exception as error:  # whatever the client's transport library of the day raises
-        raise _unreachable(action, at, error) from error
+    except ValueError as error:  # what the client itself, or the hub through it, finds wrong with what is sent
+        raise AdapterError(f"cannot {action} {at}: {' '.join(str(error).split())}") from error
+
+
+def _transport() -> tuple[type[Exception], ...]:
+    """Errors of the client's transport: of requests, which are OSErrors, before 1.0, and of httpx since."""
+    try:
+        import httpx
+    except ImportError:
+        return ()
+    return (httpx.HTTPError,)
+
+
+def _refused(action: str, at: str, error: errors.HfHubHTTPError) -> AdapterError:
+    """What a status of the hub means."""
+    status = getattr(error.response, "status_code", None)
+    if status in (401, 403):
+        return AdapterError(
+            f"cannot {action} {at}: the hub refuses this account (status {status}); {LOGIN}, with a token that may do this"
+        )
+    if status is not None and 400 <= status < 500 and status not in (408, 429):
+        return AdapterError(
+            f"cannot {action} {at}: the hub says {error.server_message or _cause(error)} (status {status})"
+        )
+    return _unreachable(action, at, error)
 
 
 def _unreachable(action: str, at: str, error: BaseException) -> UnreachableError:
     return UnreachableError(
-        f"cannot {action} of {at}: the hub cannot be reached; check the connection and HF_ENDPOINT, or try again later "
+        f"cannot {action} {at}: the hub cannot be reached; check the connection and HF_ENDPOINT, or try again later "
         f"(HF_HUB_OFFLINE=1 allows the cache only) [{_cause(error)}]"
     )
 

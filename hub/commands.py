@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -156,7 +157,7 @@ class Zoo:
                 ood=self.ood,
                 checkpoint=self.checkpoint,
                 device=self.device,
-                command=published(words),
+                command=shlex.join(published(words)),
                 resamples=self.resamples,
             )
             _tell([f"{entry.name}: {folder}"])
@@ -166,11 +167,10 @@ class Zoo:
         from .zoo import namespace
 
         there = [entry.name for entry in found if (self.folder / entry.name).is_dir()]
-        if not there:
-            raise OptionError(
-                f"{self.folder} has none of {', '.join(entry.name for entry in found[:3])}: first `posthoc zoo build NAME`, or "
-                "give --folder"
-            )
+        missing = [name for name in self.names if name not in there and name in {entry.name for entry in found}]
+        if missing or not there:
+            lacking = ", ".join(missing or [entry.name for entry in found[:3]])
+            raise OptionError(f"{self.folder} has no {lacking}: first `posthoc zoo build NAME`, or give --folder")
         for name in there:
             push_it = partial(
                 push, self.folder / name, f"{namespace()}/{name}", private=self.private or None, license=self.license

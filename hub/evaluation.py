@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FOLDER, RESULTS = "evaluation", "results.json"
 PLOT = re.compile(r"[A-Za-z0-9][\w.-]*\.(png|svg)")
+OURS = re.compile(r"evaluation/(results\.json|(reliability|risk_coverage|histogram_\w+)\.png)")
+"""What `posthoc eval report` wrote, within a repository: nothing else of it is ours to replace or to take away."""
 MAX_PLOT_BYTES = 2**22
 
 

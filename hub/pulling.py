@@ -63,7 +63,7 @@ def _config(repo_id: str, revision: str | None) -> tuple[Path, bool]:
         return cached, False  # a commit does not change
     try:
         _check_size(repo_id, CONFIG_NAME, revision, MAX_CONFIG_BYTES)
-        with told(f"download {CONFIG_NAME}", repo_id, revision, CONFIG_NAME):
+        with told(f"download {CONFIG_NAME} of", repo_id, revision, CONFIG_NAME):
             return Path(huggingface_hub.hf_hub_download(repo_id, CONFIG_NAME, revision=revision)), True
     except UnreachableError:
         if cached is None:
@@ -77,7 +77,7 @@ def _config(repo_id: str, revision: str | None) -> tuple[Path, bool]:
 
 
 def _cached(repo_id: str, name: str, revision: str | None) -> Path | None:
-    with told(f"look for {name}", repo_id, revision):
+    with told(f"look for {name} of", repo_id, revision):
         found = huggingface_hub.try_to_load_from_cache(repo_id, name, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
@@ -88,13 +88,13 @@ def _fetch(repo_id: str, name: str, commit: str, largest: int, expected: int | N
     if cached is not None:
         return cached
     _check_size(repo_id, name, commit, largest, expected)
-    with told(f"download {name}", repo_id, commit, name):
+    with told(f"download {name} of", repo_id, commit, name):
         return Path(huggingface_hub.hf_hub_download(repo_id, name, revision=commit))
 
 
 def _check_size(repo_id: str, name: str, revision: str | None, largest: int, expected: int | None = None) -> None:
     """Raises AdapterError unless the hub's file has at most `largest` bytes, and as many as are `expected`."""
-    with told(f"look up {name}", repo_id, revision, name):
+    with told(f"look up {name} of", repo_id, revision, name):
         size = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo_id, name, revision=revision)).size
     if size is None or size > largest:
         raise AdapterError(

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, hf_hub_download
 
-from ..adapters.card import render_card
-from ..adapters.card_sections import was_edited
+from ..adapters.card import WORDS, render_card
+from ..adapters.card_sections import descends, holds_edits
 from ..adapters.config import AdapterConfig
 from ..adapters.errors import AdapterError
-from ..adapters.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, read_card, read_config, read_weights, replace_file
+from ..adapters.files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    commit_of,
+    read_card,
+    read_config,
+    read_weights,
+    replace_file,
+)
 from .client import UnreachableError, told
-from .evaluation import FOLDER, evaluation_files, read_evaluation
+from .evaluation import FOLDER, OURS, RESULTS, evaluation_files, read_evaluation
 from .pulling import COMMIT
+from .zoo import hub_id
 
 TRIES = 8
 """How often a commit is made anew because somebody else's came in between."""
@@ -55,19 +66,20 @@ def push(
         raise AdapterError(f"revision {revision!r} is a commit, which nothing can be added to: give a branch")
     api = HfApi()
     with told("create the repository", repo_id):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
+        repo_id = api.create_repo(hub_id(repo_id), private=private, exist_ok=True).repo_id
+    if revision is not None:
+        with told(f"make the branch {revision!r} of", repo_id):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
     message = commit_message or f"{', '.join(head.name for head in config.heads)} on {config.backbone.name}"
     names = [WEIGHTS_NAME, CONFIG_NAME, *evaluation_files(folder)]
     own = read_card(folder)
     for _ in range(TRIES):
-        parent, theirs, stale = _there(api, repo_id, revision, names)
-        card = _card(config, repo_id, own, theirs, evaluation=evaluation, license=license)
+        parent, theirs, stale = _there(api, repo_id, revision, names, private)
+        card, whole = _card(config, repo_id, own, theirs, evaluation=evaluation, license=license)
         operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in names]
         operations += [CommitOperationAdd(CARD_NAME, card.encode()), *map(CommitOperationDelete, stale)]
         try:
-            with told("push", repo_id, revision):
+            with told("push to", repo_id, revision):
                 commit = api.create_commit(
                     repo_id,
                     operations,
@@ -80,9 +92,31 @@ def push(
             if _came_between(error):
                 continue
             raise
-        replace_file(folder / CARD_NAME, card.encode())  # so that the next push knows what was edited since
+        if whole and commit_of(folder) is None:  # a folder of the hub's cache stays as it was downloaded
+            with suppress(
+                OSError
+            ):  # the next push knows what was edited since; a folder that cannot be written was not
+                replace_file(folder / CARD_NAME, card.encode())
         return str(commit.pr_url if create_pr else commit.commit_url)
     raise UnreachableError(f"others committed to {repo_id!r} {TRIES} times while this was pushed: push again")
+
+
+def _there(
+    api: HfApi, repo_id: str, revision: str | None, names: list[str], private: bool | None
+) -> tuple[str, str | None, list[str]]:
+    """The commit that is there, its card, and files of an earlier evaluation that the new adapter does not have."""
+    with told("look up", repo_id, revision), TemporaryDirectory() as place:
+        info = api.model_info(repo_id, revision=revision)
+        if private and not info.private:
+            raise AdapterError(f"{repo_id!r} is there already and is public: nothing was pushed; make it private first")
+        assert info.sha is not None
+        files = [one.rfilename for one in info.siblings or []]
+        card = None
+        if CARD_NAME in files:
+            hf_hub_download(repo_id, CARD_NAME, revision=info.sha, local_dir=place)
+            card = read_card(place)
+    stale = [name for name in files if OURS.fullmatch(name) and name not in names]
+    return info.sha, card, stale if f"{FOLDER}/{RESULTS}" in files else []
 
 
 def _there(api: HfApi, repo_id: str, revision: str | None, names: list[str]) -> tuple[str, str | None, list[str]]:
@@ -98,19 +132,25 @@ def _there(api: HfApi, repo_id: str, revision: str | None, names: list[str]) -> 
     return info.sha, card, [name for name in files if name.startswith(f"{FOLDER}/") and name not in names]
 
 
-def _card(config: AdapterConfig, repo_id: str, own: str | None, theirs: str | None, **given: Any) -> str:
-    """The card with what was edited by hand: in the hub's card, or in the folder's where only that was edited since."""
-    previous = own if theirs is None else theirs
-    if own is not None and theirs is not None and was_edited(own):
-        if not was_edited(theirs):
-            previous = own
-        elif own != theirs:
+def _card(config: AdapterConfig, repo_id: str, own: str | None, theirs: str | None, **given: Any) -> tuple[str, bool]:
+    """The card to push, and whether it holds all that was edited in the folder's.
+
+    Of two cards with edits the later one is taken. Where neither came from the other the hub's is, with a warning.
+    """
+    fresh = render_card(config, address=repo_id, **given)
+    previous, whole = own, True
+    if theirs is not None and (own is None or not holds_edits(own, fresh, WORDS)):
+        previous = theirs
+    elif own is not None and theirs is not None and holds_edits(theirs, fresh, WORDS) and not descends(own, theirs):
+        previous, whole = theirs, descends(theirs, own)
+        if not whole:
             warnings.warn(
-                f"{CARD_NAME} was edited both here and on the hub: the hub's edits stay, the others were not pushed",
+                f"{CARD_NAME} was edited both here and on the hub: the hub's edits stay; those of the folder's were not pushed, "
+                "and stay there",
                 UserWarning,
                 stacklevel=4,
             )
-    return render_card(config, address=repo_id, previous=previous, **given)
+    return render_card(config, address=repo_id, previous=previous, **given), whole
 
 
 def write_card(folder: Path, address: str) -> None:

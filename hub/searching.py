@@ -52,7 +52,7 @@ def list_adapters(
     wanted = ["posthoc", *([] if head is None else [head])]
     if backbone is not None:
         wanted.append(BASE_MODEL + base_model(backbone))
-    with told("search", query or "adapters"):
+    with told("search the hub for", query or "adapters"):
         models = HfApi().list_models(
             filter=wanted, search=query, author=author, sort="downloads", limit=limit, full=True
         )

@@ -74,8 +74,17 @@ def chosen(names: Sequence[str]) -> list[Entry]:
 
 
 def namespace() -> str:
-    """The user or organisation on the hub that has the zoo's adapters: $POSTHOC_ZOO, else the list's."""
-    return os.environ.get(NAMESPACE) or tomllib.loads(LIST.read_text(encoding="utf-8"))["namespace"]
+    """The user or organisation on the hub that has the zoo's adapters: $POSTHOC_ZOO, else the list's.
+
+    Raises AdapterError while neither names one.
+    """
+    found = os.environ.get(NAMESPACE) or tomllib.loads(LIST.read_text(encoding="utf-8"))["namespace"]
+    if not found:
+        raise AdapterError(
+            f"the zoo's adapters are not published yet: build them with `posthoc zoo build`, or set {NAMESPACE} to the user or "
+            "organisation on the hub that has them"
+        )
+    return str(found)
 
 
 def hub_id(name: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from posthoc.adapters.card import MEASURES, Evaluation, Measured, render_card
-from posthoc.adapters.card_sections import SECTION, merge, metadata, seal, was_edited
+from posthoc.adapters.card_sections import LINEAGE, SECTION, descends, holds_edits, merge, metadata, seal
 from posthoc.adapters.config import AdapterConfig, BackboneConfig, HeadConfig, WeightsConfig
 from posthoc.adapters.errors import AdapterError
 from posthoc.adapters.heads import HEADS
@@ -79,10 +79,10 @@ def test_figures_are_in_the_tables_and_in_the_block():
 
 def test_saving_again_changes_nothing_and_renews_what_nobody_touched():
     card = render_card(config())
-    assert not was_edited(card)
+    assert not holds_edits(card, render_card(config()))
     assert render_card(config(), previous=card) == card
     other = render_card(config(heads=("loss",)), previous=card)
-    assert other == render_card(config(heads=("loss",)))
+    assert LINEAGE.sub("", other) == LINEAGE.sub("", render_card(config(heads=("loss",))))
     assert "| loss |" in other
     assert "| kappa |" not in other
 
@@ -92,7 +92,7 @@ def test_edits_outside_inside_and_in_the_block_stay():
     edited = card.replace("<!-- posthoc:use", "My words.\n\n<!-- posthoc:use", 1)
     edited = edited.replace("## Backbone\n", "## Backbone\n\nA fine one.\n")
     edited = edited.replace("library_name: posthoc\n", "library_name: posthoc\nlicense: mit\nlanguage: [la, grc]\n")
-    assert was_edited(edited)
+    assert holds_edits(edited, card)
     with pytest.warns(UserWarning, match="backbone were changed by hand"):
         again = render_card(config(heads=("loss",)), previous=edited)
     assert "My words." in again
@@ -100,7 +100,6 @@ def test_edits_outside_inside_and_in_the_block_stay():
     assert "| loss |" in again
     facts = metadata(again)
     assert (facts["license"], facts["language"]) == ("mit", ["la", "grc"])
-    assert not was_edited(again)
     with pytest.warns(UserWarning, match="backbone"):
         assert render_card(config(heads=("loss",)), previous=again) == again
 
@@ -146,3 +145,28 @@ def test_a_block_that_is_not_yaml_is_said_and_others_words_are_inert():
     hostile = "---\nx: !!python/object/apply:os.system ['true']\n---\n"
     with pytest.raises(AdapterError, match="is not YAML"):
         render_card(config(), previous=hostile)
+
+
+def test_which_of_two_cards_is_the_later_one():
+    first = render_card(config())
+    other = render_card(config(heads=("loss",)))
+    mine = first.replace("# Uncertainty", "Mine.\n\n# Uncertainty")
+    saved = render_card(config(heads=("loss",)), previous=mine)
+    again = render_card(config(), previous=saved.replace("Mine.", "Mine, twice."))
+    for later in (mine, saved, again):
+        assert descends(later, first)
+        assert not descends(first, later)
+        assert holds_edits(later, first)
+        assert holds_edits(later, other)
+    assert descends(again, saved)
+    assert descends(again, mine)
+    theirs = first.replace("# Uncertainty", "Theirs.\n\n# Uncertainty")
+    assert not descends(theirs, saved)
+    assert not descends(saved, theirs)
+    assert not holds_edits(first, first)
+    assert not holds_edits(render_card(config(), previous=first), first)
+
+
+def test_a_byte_order_mark_hides_no_block():
+    own = "\ufeff---\nlicense: apache-2.0\n---\n# My adapter\n"
+    assert metadata(render_card(config(), previous=own))["license"] == "apache-2.0"

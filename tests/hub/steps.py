@@ -36,6 +36,7 @@ steps = {{
     "push": lambda folder, repo_id, options: hub.push(folder, repo_id, **options),
     "tag": lambda repo_id, tag: huggingface_hub.HfApi().create_tag(repo_id, tag=tag),
     "load": load,
+    "pull": lambda repo_id, revision: str(hub.pull(repo_id, revision)),
     "search": search,
 }}
 answers = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import yaml
 
 import posthoc
-from posthoc.adapters.card_sections import SECTION, was_edited
+from posthoc.adapters.card_sections import SECTION
 
 from .steps import STEPS, images, network
 
@@ -123,12 +124,10 @@ def test_what_a_user_edits_in_the_card_stays(hub_server, child, models, tmp_path
     run(child, ["push", folder, "org/tiny", {}])
     # on the hub: a paragraph, a section's text, a section taken out, a tag, a field, a licence, a figure of somebody's own
     card = contents(hub_server)["README.md"].decode()
-    assert not was_edited(card)
     edited = card.replace("# Uncertainty for Sequential", "# Uncertainty for Sequential\n\nAsk Ada first.")
     edited = edited.replace("## Limits\n", "## Limits\n\n- Not for night photos.\n")
     edited = re.sub(r"<!-- posthoc:fitted .*?<!-- /posthoc:fitted -->\n", "", edited, flags=re.S)
     edited = edited.replace("tags:\n", "license: apache-2.0\nlanguage: la\ntags:\n- night\n", 1)
-    assert was_edited(edited)
     repository = hub_server.store.repositories["model", "org/tiny"]
     parent = repository.find("main")
     entry = hub_server.store.keep_regular(edited.encode())
@@ -161,6 +160,54 @@ def test_what_a_user_edits_in_the_card_stays(hub_server, child, models, tmp_path
     (pushed,) = run(child, ["push", folder, "org/tiny", {}])
     assert any("edited both here and on the hub" in one for one in pushed["warnings"])
     assert "Ask Emmy first." in contents(hub_server)["README.md"].decode()
+
+
+def test_edits_outlive_a_save_a_branch_and_a_pull_request(hub_server, child, models, tmp_path):
+    folder = models[0].save_pretrained(tmp_path / "adapter")
+    run(child, ["push", folder, "org/tiny", {}])
+
+    def edit(text):
+        card = folder / "README.md"
+        card.write_text(card.read_text().replace("# Uncertainty for", f"{text}\n\n# Uncertainty for"))
+
+    edit("Said before a save.")
+    models[1].save_pretrained(folder)  # fitted again, and saved over it
+    run(child, ["push", folder, "org/tiny", {}])
+    assert b"Said before a save." in contents(hub_server)["README.md"]
+    edit("Said on a branch.")
+    run(child, ["push", folder, "org/tiny", {"revision": "feature/x"}], ["push", folder, "org/tiny", {}])
+    assert b"Said on a branch." in contents(hub_server)["README.md"]
+    edit("Said in a request.")
+    run(child, ["push", folder, "org/tiny", {"create_pr": True}], ["push", folder, "org/tiny", {}])
+    for text in (b"Said before a save.", b"Said on a branch.", b"Said in a request."):
+        assert text in contents(hub_server)["README.md"]
+        assert text in (folder / "README.md").read_bytes()
+
+
+def test_what_is_not_ours_is_left_alone(hub_server, child, models, tmp_path):
+    mine = {"evaluation/mine.md": b"x", "evaluation/plots/roc.png": b"y", "evaluation/roc.png": b"z"}
+    hub_server.store.add("org/tiny", mine)
+    folder = models[0].save_pretrained(tmp_path / "adapter")
+    _, pulled = run(child, ["push", folder, "org/tiny", {}], ["pull", "org/tiny", None])
+    assert set(contents(hub_server)) == FILES | set(mine)
+    card = (Path(pulled["answer"]) / "README.md").read_bytes()
+    (again,) = run(child, ["push", pulled["answer"], "other/copy", {}])  # the hub's cache stays as it was downloaded
+    assert "error" not in again["answer"]
+    assert (Path(pulled["answer"]) / "README.md").read_bytes() == card
+    assert b'posthoc.load("other/copy"' in contents(hub_server, "other/copy")["README.md"]
+
+
+def test_what_the_hub_refuses_is_said(hub_server, child, models, tmp_path):
+    folder = models[0].save_pretrained(tmp_path / "adapter")
+    hub_server.store.create("model", "org/public")
+    (private,) = run(child, ["push", folder, "org/public", {"private": True}])
+    assert "is public: nothing was pushed" in private["answer"]["error"]
+    hub_server.answer(400, where="validate-yaml")
+    (refused,) = run(child, ["push", folder, "org/tiny", {}])
+    assert "cannot push to 'org/tiny'" in refused["answer"]["error"]
+    assert "reached" not in refused["answer"]["error"]
+    (named,) = run(child, ["push", folder, "solo", {}])
+    assert named["answer"].startswith(f"{hub_server.url}/owner/solo/commit/")
 
 
 def test_private_repositories_and_tokens(hub_server, child, models, tmp_path):

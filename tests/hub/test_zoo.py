@@ -93,7 +93,9 @@ def test_names_and_patterns():
 
 
 def test_a_name_of_the_zoo_is_an_id_of_its_namespace(monkeypatch):
-    assert hub_id("zoo/resnet50-kappa") == "posthoc/resnet50-kappa"
+    monkeypatch.delenv("POSTHOC_ZOO", raising=False)
+    with pytest.raises(AdapterError, match="not published yet"):
+        hub_id("zoo/resnet50-kappa")
     monkeypatch.setenv("POSTHOC_ZOO", "lab")
     assert hub_id("zoo/resnet50-kappa") == "lab/resnet50-kappa"
 
@@ -142,16 +144,18 @@ def test_labels_that_are_not_the_classifiers_are_refused(world):
 def test_what_was_built_is_published_and_found_by_its_name(hub_server, child, built, tmp_path):
     shutil.copytree(built, tmp_path / "zoo" / "efficientnet-lite0-loss")
     run = "import sys, json; from posthoc.cli import main; main(json.loads(sys.argv[1])); print('null')"
-    child(run, [json.dumps(["zoo", "publish", "--folder", str(tmp_path / "zoo"), "--license", "mit"])])
+    child(
+        run, [json.dumps(["zoo", "publish", "--folder", str(tmp_path / "zoo"), "--license", "mit"])], POSTHOC_ZOO="lab"
+    )
     (kept,) = hub_server.store.repositories.values()
-    assert kept.id == "posthoc/efficientnet-lite0-loss"
+    assert kept.id == "lab/efficientnet-lite0-loss"
     load = """
 import json, sys, posthoc
 from posthoc.adapters.backbone import build_backbone
 backbone = build_backbone(sys.argv[1], pretrained=False, checkpoint=sys.argv[2])
 print(json.dumps(posthoc.load("zoo/efficientnet-lite0-loss", backbone=backbone).loaded_from["commit"]))
 """
-    assert child(load, [NETWORK, built.parents[1] / "network.safetensors"]) == kept.find("main").oid
+    assert child(load, [NETWORK, built.parents[1] / "network.safetensors"], POSTHOC_ZOO="lab") == kept.find("main").oid
 
 
 def test_the_command_lists_and_says_what_is_missing(capsys, tmp_path):
@@ -160,7 +164,7 @@ def test_the_command_lists_and_says_what_is_missing(capsys, tmp_path):
     assert len(lines) == 4
     assert "kappa on vit_tiny_patch16_224" in lines[0]
     for words, told in (
-        (["publish", "vit-tiny-*", "--folder", str(tmp_path)], "has none of vit-tiny-kappa"),
+        (["publish", "vit-tiny-*", "--folder", str(tmp_path)], "has no vit-tiny-kappa"),
         (["build", "vit-*", "--checkpoint", "x.safetensors"], "--checkpoint is of one backbone"),
     ):
         with pytest.raises(SystemExit):
