@@ -24,14 +24,15 @@ def gaussian_mixture(features: Tensor, label: Tensor, regularizer: float) -> Cal
         label: int [M]; a class weighs as its share of the rows.
         regularizer: is added to the diagonal of every covariance, > 0.
     """
-    z = features.double()
+    middle = features.double().mean(0)  # distances are differences of large numbers where features are far from 0
+    z = features.double() - middle
     classes, place, count = label.unique(return_inverse=True, return_counts=True)
     rows, dim = z.shape
     mean = torch.zeros(len(classes), dim, dtype=z.dtype).index_add_(0, place, z) / count[:, None]
-    parts = [torch.linalg.svd(z[place == c] - mean[c], full_matrices=False) for c in range(len(classes))]
-    directions = torch.cat([v for _, _, v in parts])
-    variance = torch.cat([s.square() / n for (_, s, _), n in zip(parts, count, strict=True)]) + regularizer
-    rank = torch.tensor([len(s) for _, s, _ in parts])
+    parts = [torch.linalg.svd(z[place == c] - mean[c], full_matrices=False)[1:] for c in range(len(classes))]
+    directions = torch.cat([v for _, v in parts])
+    variance = torch.cat([s.square() / n for (s, _), n in zip(parts, count, strict=True)]) + regularizer
+    rank = torch.tensor([len(s) for s, _ in parts])
     owner = torch.repeat_interleave(torch.arange(len(classes)), rank)
     centre = (directions * mean[owner]).sum(1)
     log_det = torch.zeros(len(classes), dtype=z.dtype).index_add_(0, owner, variance.log())
@@ -40,7 +41,7 @@ def gaussian_mixture(features: Tensor, label: Tensor, regularizer: float) -> Cal
     excess = 1 / variance - 1 / regularizer
 
     def score(x: Tensor) -> Tensor:
-        x = x.double()
+        x = x.double() - middle
         within = (x @ directions.T - centre).square_().mul_(excess)
         distance = torch.cdist(x, mean, compute_mode="donot_use_mm_for_euclid_dist").square_() / regularizer
         distance.index_add_(1, owner, within)

@@ -205,9 +205,16 @@ def curves(
 
 
 def legend(figure: Figure | SubFigure, axis: Axes, columns: int) -> None:
-    """One legend for all panels of a figure, below them; the names are those of `axis`."""
+    """One legend for all panels of a figure, below them, in at most so many columns; the names are those of `axis`."""
     handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3.2)
+    names = [shortened(name) for name in names]
+    fitting = int(12 * figure.bbox.width / figure.figure.dpi) // (max(map(len, names), default=0) + 8)
+    figure.legend(handles, names, loc="outside lower center", ncols=max(1, min(columns, fitting)), handlelength=3.2)
+
+
+def shortened(name: str) -> str:
+    """A name as a picture has room for it."""
+    return name if len(name) <= 40 else f"{name[:39]}…"
 
 
 def histograms(

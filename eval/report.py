@@ -4,7 +4,8 @@
     posthoc eval report --id test.npz --ood textures.npz --output report/
     posthoc eval report --id photos/ --ood textures/ --model adapter/ --output report/
 
-The page needs no network and no other file. What results.json holds is told in docs/report.md.
+Its drawings are written as pictures beside it. The page needs no network and no other file. What results.json holds is told
+in docs/report.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ..adapters.command_line import command_words, published
+from ..adapters.command_line import command_words
 from ..adapters.distributed import check_launch
 from ..adapters.errors import OptionError
 from ..adapters.files import replace_file
@@ -25,7 +26,7 @@ from . import report_page
 from .command import TableCommand, run_command
 from .extras import require
 from .inputs import Scored, open_model, read
-from .report_drawings import pictures
+from .report_drawings import PICTURE, pictures
 from .report_sections import look_of, sections
 from .report_tables import Evaluated, evaluate
 from .results import Results, made_now, read_run
@@ -82,8 +83,12 @@ def write_report(
     if check_launch().is_main:
         for name, content in zip(FILES, (results.json(), results.markdown(), html), strict=True):
             replace_file(folder / name, content.encode())
-        for name, picture in pictures(found.figures, found.given or found.drawn, look_of(found)).items():
+        made_pictures = pictures(found.figures, found.given or found.drawn, look_of(found))
+        for name, picture in made_pictures.items():
             replace_file(folder / name, picture)
+        for path in folder.iterdir():  # of an earlier report into the same folder
+            if PICTURE.fullmatch(path.name) and path.name not in made_pictures:
+                path.unlink()
     return results
 
 
@@ -144,14 +149,14 @@ class Report(TableCommand):
             reference=self.reference,
             resamples=self.resamples,
             seed=self.seed,
-            command=published(command_words(self, ("posthoc", "eval", "report"), ("runs",))),
+            command=command_words(self, ("posthoc", "eval", "report"), ("runs",)),
         )
         if self.id is not None:
             self.check_reference([table for _, table in results.tables])
         if not check_launch().is_main:
             return
         print(render([table for _, table in results.tables], self.format))
-        print(f"{', '.join(FILES)} are in {self.output}", file=sys.stderr)
+        print(f"{', '.join(FILES)} and pictures are in {self.output}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .bootstrap import Interval
-from .plots import COLOURS, DASHES, MARKERS, Look, best_possible, curves, figure_like, histograms, legend, looks
+from .plots import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    Look,
+    best_possible,
+    curves,
+    figure_like,
+    histograms,
+    legend,
+    looks,
+    shortened,
+)
 from .reliability import Reliability, diagram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+PICTURE = re.compile(r"(reliability|risk_coverage|histogram_\w+)\.png")
+"""Files that `pictures` names."""
 WIDTH, HEIGHT = 4.3, 3.1
 """Inches of a drawing: legible at the width of a phone."""
 
@@ -98,9 +113,17 @@ def pictures(figures: Mapping[str, Any], names: Sequence[str], look: Mapping[str
         made["risk_coverage"] = (risk(figures["risk_coverage"], look), "Risk and coverage")
     for name in names:
         if name in figures.get("histograms", {}):
-            kept = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
-            made[f"histogram_{kept}"] = (histogram(name, figures["histograms"][name]), name)
+            made[_histogram_name(name, made)] = (histogram(name, figures["histograms"][name]), shortened(name))
     return {f"{name}.png": _png(drawing, title) for name, (drawing, title) in made.items()}
+
+
+def _histogram_name(name: str, taken: Collection[str]) -> str:
+    """histogram_SCORE: letters and digits of the score's name, and a digest of it where they do not tell it from others."""
+    kept = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:80]
+    place = f"histogram_{kept}"
+    if not kept or len(name) > 80 or place.lower() in {one.lower() for one in taken}:
+        place = f"histogram_{kept}_{hashlib.sha256(name.encode()).hexdigest()[:8]}".replace("__", "_")
+    return place
 
 
 def _png(drawing: Drawing, title: str) -> bytes:

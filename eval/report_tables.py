@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +65,8 @@ def evaluate(
     wrong, why = mistakes(inside)
     if wrong is not None and not wrong.any():
         wrong, why = None, f"the classifier is always right on {inside.name}: there is no mistake to find"
+    if why and len(sets) == 1:  # with OOD sets their tables say it
+        warnings.warn(f"no table of mistakes: {why}", UserWarning, stacklevel=3)
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     notes += doubtful_labels(inside)
     tables = []

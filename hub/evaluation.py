@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters.card import Evaluation, Measured
+from ..adapters.command_line import published
 from ..adapters.config import AdapterConfig
 from ..adapters.errors import AdapterError
 
@@ -84,6 +85,17 @@ def _figures(table: Table, heads: set[str], inside: str) -> list[Measured]:
 def _harmless(text: str) -> str:
     """Names in tables may be anybody's: none opens a comment or an element in the card."""
     return re.sub(r"<(?=[!/A-Za-z])", "&lt;", text)
+
+
+def published_file(folder: Path, name: str) -> bytes:
+    """What a file of an adapter's folder is on the hub: itself, but that results.json names no folder of this machine."""
+    content = (folder / name).read_bytes()
+    if name != f"{FOLDER}/{RESULTS}":
+        return content
+    told = json.loads(content)
+    if isinstance(told, dict) and isinstance(told.get("made"), dict):
+        told["made"]["command"] = published([str(word) for word in told["made"].get("command") or []])
+    return (json.dumps(told, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def copy_evaluation(source: Path, folder: Path) -> None:

@@ -25,7 +25,7 @@ from ..adapters.files import (
     replace_file,
 )
 from .client import UnreachableError, told
-from .evaluation import FOLDER, OURS, RESULTS, evaluation_files, read_evaluation
+from .evaluation import FOLDER, OURS, RESULTS, evaluation_files, published_file, read_evaluation
 from .pulling import COMMIT
 from .zoo import hub_id
 
@@ -76,7 +76,7 @@ def push(
     for _ in range(TRIES):
         parent, theirs, stale = _there(api, repo_id, revision, names, private)
         card, whole = _card(config, repo_id, own, theirs, evaluation=evaluation, license=license)
-        operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in names]
+        operations: list[Any] = [CommitOperationAdd(name, published_file(folder, name)) for name in names]
         operations += [CommitOperationAdd(CARD_NAME, card.encode()), *map(CommitOperationDelete, stale)]
         try:
             with told("push to", repo_id, revision):
@@ -117,19 +117,6 @@ def _there(
             card = read_card(place)
     stale = [name for name in files if OURS.fullmatch(name) and name not in names]
     return info.sha, card, stale if f"{FOLDER}/{RESULTS}" in files else []
-
-
-def _there(api: HfApi, repo_id: str, revision: str | None, names: list[str]) -> tuple[str, str | None, list[str]]:
-    """The commit that is there, its card, and files of an earlier evaluation that the new adapter does not have."""
-    with told("look up the repository", repo_id, revision), TemporaryDirectory() as place:
-        info = api.model_info(repo_id, revision=revision)
-        assert info.sha is not None
-        files = [one.rfilename for one in info.siblings or []]
-        card = None
-        if CARD_NAME in files:
-            hf_hub_download(repo_id, CARD_NAME, revision=info.sha, local_dir=place)
-            card = read_card(place)
-    return info.sha, card, [name for name in files if name.startswith(f"{FOLDER}/") and name not in names]
 
 
 def _card(config: AdapterConfig, repo_id: str, own: str | None, theirs: str | None, **given: Any) -> tuple[str, bool]:

@@ -251,7 +251,7 @@ def test_the_same_input_gives_the_same_files(tmp_path):
     first, second = write("one"), write("two")
     a, b = first.pop("results.json"), second.pop("results.json")
     assert first == second
-    assert set(first) >= {*FILES[1:], "histogram_1_feature_norm.png"}
+    assert set(first) >= {*FILES[1:], "histogram_mine.png"}
     one, two = json.loads(a), json.loads(b)
     assert one.pop("made")["command"] == ["one"]
     two.pop("made")
@@ -261,11 +261,27 @@ def test_the_same_input_gives_the_same_files(tmp_path):
 def test_drawings_are_written_as_pictures(tmp_path):
     inside, outside = sets(photos=0.0, textures=1.0)
     write_report(tmp_path, inside=inside, outside=[outside], **FEW)
-    for name in ("risk_coverage", "reliability", "histogram_max_softmax"):
+    for name in ("risk_coverage", "reliability", "histogram_mine"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             pixels = np.asarray(picture.convert("L"))
         assert pixels.shape[0] > 200
         assert pixels.min() < 80 < 250 < pixels.max()  # ink on white
+
+
+def test_pictures_of_any_names_are_apart_and_those_of_before_go(tmp_path):
+    names = ["a/b score", "a b score", "../../evil", "日本語", "имя", "x" * 260, "$x_1$"]
+    rng = np.random.default_rng(0)
+
+    def write(kept):
+        one, other = (from_arrays(n, {name: rng.normal(size=50) for name in kept}) for n in ("in", "out"))
+        write_report(tmp_path, inside=one, outside=[other], **FEW)
+        return {path.name for path in tmp_path.glob("*.png")}
+
+    assert len(write(names[:6])) == 6
+    (tmp_path / "own.png").write_bytes(b"x")
+    assert write(["other"]) == {"histogram_other.png", "own.png"}
+    assert len(list(tmp_path.parent.glob("*.png"))) == 0
+    write(names[6:])
 
 
 def test_the_page_is_well_formed_and_asks_for_nothing(report):

@@ -6,7 +6,10 @@ import io
 
 import datasets
 import numpy as np
+import timm
+import torch
 from PIL import Image
+from safetensors.torch import save
 from sklearn.datasets import load_digits
 
 FIT = """
@@ -64,3 +67,34 @@ def test_everything_comes_from_one_hub(hub_server, child, tmp_path):
     assert b"base_model: org/net" in card
     assert b'posthoc.load("org/digits-uncertainty")\n' in card
     assert hub_server.store.repositories["model", "org/digits-uncertainty"].private
+
+
+MOVES = """
+import json, sys, warnings
+import numpy as np
+import posthoc
+
+warnings.simplefilter("ignore", UserWarning)
+images = np.load(sys.argv[1])
+if sys.argv[2] == "fit":
+    model = posthoc.wrap("test_resnet.r160_in1k", "kappa")
+    model.fit((images, np.arange(len(images)) % 4), epochs=1, batch_size=16, validation=0.3)
+    model.push_to_hub("org/moved")
+model = posthoc.load("org/moved")
+print(json.dumps([model.backbone.revision, model.predict(images[:4]).uncertainty.tolist()]))
+"""
+
+
+def test_a_backbone_whose_repository_moved_on_is_loaded_as_it_was(hub_server, child, tmp_path):
+    def weights(seed: int) -> bytes:
+        torch.manual_seed(seed)
+        return save(timm.create_model("test_resnet.r160_in1k", pretrained=False).state_dict())
+
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8))
+    environment = {"POSTHOC_CACHE": str(tmp_path / "store")}
+    first = hub_server.store.add("timm/test_resnet.r160_in1k", {"model.safetensors": weights(0)})
+    before = child(MOVES, [tmp_path / "images.npy", "fit"], **environment)
+    hub_server.store.add("timm/test_resnet.r160_in1k", {"model.safetensors": weights(1)})
+    after = child(MOVES, [tmp_path / "images.npy", "use"], HF_HOME=str(tmp_path / "elsewhere"), **environment)
+    assert before[0] == first.oid
+    assert after == before

@@ -332,6 +332,8 @@ def test_figures_go_into_card_and_metadata_and_old_ones_leave(hub_server, child,
     run(child, ["push", folder, "org/tiny", {}])
     found = contents(hub_server)
     assert set(found) == FILES | {"evaluation/results.json", "evaluation/ood.png"}
+    assert b"/home/ada" not in found["evaluation/results.json"]
+    assert json.loads(found["evaluation/results.json"])["made"]["command"] == ["posthoc", "secret"]
     card = found["README.md"].decode()
     assert "![ood](evaluation/ood.png)" in card
     assert "0.812 [0.800, 0.825]" in card
@@ -359,7 +361,12 @@ def evaluation(adapter: str) -> dict[str, Any]:
     return {
         "kind": "posthoc report",
         "schema_version": 1,
-        "made": {"date": "2026-11-25T00:00:00+00:00", "versions": {}, "command": [], "adapter": adapter},
+        "made": {
+            "date": "2026-11-25T00:00:00+00:00",
+            "versions": {},
+            "command": ["posthoc", "/home/ada/secret"],
+            "adapter": adapter,
+        },
         "seed": 0,
         "resamples": 100,
         "sets": [{"name": "photos", "role": "id", "rows": 10}, {"name": "textures", "role": "ood", "rows": 10}],
