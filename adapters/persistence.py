@@ -216,9 +216,9 @@ def _at(described: BackboneConfig) -> str:
 
 
 def _address(described: BackboneConfig) -> str:
-    if described.source == "timm":
-        return described.name
-    name = "hf-hub:" + described.name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    name = described.name
+    if described.source != "timm":
+        name = "hf-hub:" + described.name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     return name if described.revision is None else f"{name}@{described.revision}"
 
 

@@ -53,19 +53,12 @@ def told(action: str, repo_id: str, revision: str | None = None, file: str = "")
         raise AdapterError(f"cannot {action} {at}: nobody is logged in to the hub; {LOGIN}") from error
     except errors.HfHubHTTPError as error:
         raise _refused(action, at, error) from error
-    except (OSError, *_transport()) as error:
-        raise _unreachable(action, at, error) from error
     except ValueError as error:  # what the client itself, or the hub through it, finds wrong with what is sent
         raise AdapterError(f"cannot {action} {at}: {' '.join(str(error).split())}") from error
-
-
-def _transport() -> tuple[type[Exception], ...]:
-    """Errors of the client's transport: of requests, which are OSErrors, before 1.0, and of httpx since."""
-    try:
-        import httpx
-    except ImportError:
-        return ()
-    return (httpx.HTTPError,)
+    except (TypeError, AttributeError, NameError, LookupError, AssertionError):
+        raise  # a mistake of ours, not of the network's
+    except Exception as error:  # whatever the client's transport library of the day raises
+        raise _unreachable(action, at, error) from error
 
 
 def _refused(action: str, at: str, error: errors.HfHubHTTPError) -> AdapterError:

@@ -96,5 +96,5 @@ def test_a_backbone_whose_repository_moved_on_is_loaded_as_it_was(hub_server, ch
     before = child(MOVES, [tmp_path / "images.npy", "fit"], **environment)
     hub_server.store.add("timm/test_resnet.r160_in1k", {"model.safetensors": weights(1)})
     after = child(MOVES, [tmp_path / "images.npy", "use"], HF_HOME=str(tmp_path / "elsewhere"), **environment)
-    assert before[0] == first.oid
+    assert before[0] == first
     assert after == before

@@ -326,16 +326,16 @@ def test_figures_go_into_card_and_metadata_and_old_ones_leave(hub_server, child,
     place.mkdir()
     digest = json.loads((folder / "adapter_config.json").read_text())["weights"]["sha256"]
     (place / "results.json").write_text(json.dumps(evaluation(digest)))
-    (place / "ood.png").write_bytes(b"\x89PNG not a real one")
+    (place / "risk_coverage.png").write_bytes(b"\x89PNG not a real one")
     (place / "index.html").write_text("<img>")
     (place / "photo.jpg").write_bytes(b"somebody")
     run(child, ["push", folder, "org/tiny", {}])
     found = contents(hub_server)
-    assert set(found) == FILES | {"evaluation/results.json", "evaluation/ood.png"}
+    assert set(found) == FILES | {"evaluation/results.json", "evaluation/risk_coverage.png"}
     assert b"/home/ada" not in found["evaluation/results.json"]
     assert json.loads(found["evaluation/results.json"])["made"]["command"] == ["posthoc", "secret"]
     card = found["README.md"].decode()
-    assert "![ood](evaluation/ood.png)" in card
+    assert "![risk coverage](evaluation/risk_coverage.png)" in card
     assert "0.812 [0.800, 0.825]" in card
     assert "<script" not in card
     (result,) = header(found["README.md"])["model-index"][0]["results"]
