@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save
 from sklearn.datasets import load_digits
 
@@ -37,3 +39,9 @@ def test_fit_measure_publish_and_load_elsewhere(hub_server, child, tmp_path):
     ]
     assert {"README.md", "evaluation/results.json"} <= set(commit.files)
     assert not any(name.endswith((".html", ".npy")) for name in commit.files)
+    # the card's example runs as it is printed, beside a photo.jpg
+    card = hub_server.store.read(commit, "README.md").decode()
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    Image.fromarray(images[0]).save(tmp_path / "photo.jpg")
+    place = f"import os; os.chdir({str(tmp_path)!r})\n"
+    assert child(f"{place}{example}\nprint(len(prediction.uncertainty))") == 1
