@@ -64,6 +64,13 @@ def test_the_example_is_python_that_compiles():
     compile(code, "card", "exec")
 
 
+def test_the_example_asks_for_what_the_held_out_scores_can_promise():
+    few = config()
+    few.heads[0].held_out["rows"] = 11
+    assert "threshold(coverage=0.91)" in render_card(few)
+    assert "threshold(coverage=0.95)" in render_card(config())
+
+
 def test_figures_are_in_the_tables_and_in_the_block():
     one = Measured("kappa", "Out-of-distribution detection", "a against b", "auroc", 0.91234567, 0.9, 0.92)
     card = render_card(config(), evaluation=Evaluation([one], "### a\n\n| x |", ["evaluation/ood.png"]))
