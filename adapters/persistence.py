@@ -8,6 +8,8 @@ import math
 import os
 import typing
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -185,13 +187,14 @@ def _attach(
             f"{folder} was fitted on {described.name} with weights of your own ({described.weights}), which no hub has: "
             "give the network with load(..., backbone=...), or its file with `posthoc predict --checkpoint`"
         )
-    frozen = build_backbone(
-        _address(described) if backbone is None else backbone,
+    build = functools.partial(
+        build_backbone,
         transform=transform,
         device=device,
         feature_layer=described.feature_layer,
         classifier_layer=described.classifier_layer,
     )
+    frozen = build(backbone) if backbone is not None else _fetched(described, build)
     _look(frozen, config.preprocessing)
     for scope, expected in described.fingerprints.items():
         found = frozen.fingerprint(scope)
@@ -209,6 +212,22 @@ def _attach(
             raise AdapterError(f"{folder}: its config says {name} {said}, the backbone has {found}")
     _check_preprocessing(config.preprocessing, frozen.preprocessing, folder)
     return frozen
+
+
+def _fetched(described: BackboneConfig, build: Callable[..., Backbone]) -> Backbone:
+    """The backbone at the commit it was fitted on; the newest where its repository has that no more: the fingerprint decides."""
+    try:
+        return build(_address(described))
+    except BackboneError:
+        if described.revision is None:
+            raise
+        frozen = build(_address(replace(described, revision=None)))
+        warnings.warn(
+            f"{described.name} could not be had at revision {described.revision}, the newest was taken",
+            UserWarning,
+            stacklevel=3,
+        )
+        return frozen
 
 
 def _at(described: BackboneConfig) -> str:
