@@ -3,7 +3,8 @@
     python docs/afternoon.py ada/cifar10-uncertainty
 
 The hub is the one that `hf auth login` knows; HF_ENDPOINT names another. CIFAR-10 is downloaded by torchvision, or read from
---images, an .npz file with x_test [N,32,32,3] and y_test [N]. On 2 cores about 5 minutes with the default network and rows.
+--images, an .npz file with x_test [N,32,32,3] and y_test [N]. With EfficientNet-Lite0 and 800 rows
+it took 150 s on two busy cores.
 """
 
 from __future__ import annotations

@@ -47,4 +47,5 @@ def test_two_processes_write_one_report(sets: list[str], tmp_path: Path) -> None
     out, errors = launched("posthoc.eval.report", [*sets, "--format", "json", "--output", "report"], tmp_path)
     assert len(json.loads(out)) == 1
     assert errors.count("are in report") == 1
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["index.html", "results.json", "results.md"]
+    files = ["histogram_mine.png", "index.html", "results.json", "results.md"]
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == files
