@@ -117,6 +117,7 @@ def _metadata(config: AdapterConfig, evaluation: Evaluation | None, license: str
     from huggingface_hub import EvalResult, ModelCardData
 
     backbone = config.backbone
+    own = backbone.source == "module"
     tags = ["posthoc", "uncertainty", *(head.name for head in config.heads), *(head.kind for head in config.heads)]
     results = [
         EvalResult(
@@ -140,8 +141,8 @@ def _metadata(config: AdapterConfig, evaluation: Evaluation | None, license: str
     return ModelCardData(
         library_name="posthoc",
         tags=list(dict.fromkeys(tags)),
-        base_model=_base_model(backbone),
-        base_model_relation="adapter" if _base_model(backbone) else None,
+        base_model=None if own else base_model(backbone.name),
+        base_model_relation=None if own else "adapter",
         pipeline_tag="image-classification" if backbone.num_classes else "image-feature-extraction",
         license=license,
         eval_results=results or None,
@@ -167,12 +168,10 @@ def _plots(evaluation: Evaluation | None) -> Sequence[str]:
     return () if evaluation is None else evaluation.plots
 
 
-def _base_model(backbone: BackboneConfig) -> str | None:
-    if backbone.source == "timm":
-        return f"timm/{backbone.name}"
-    if backbone.source == "hub":
-        return backbone.name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    return None
+def base_model(backbone: str) -> str:
+    """The hub id of a backbone's name: timm's networks are the organisation timm's."""
+    name = backbone.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    return name if "/" in name else f"timm/{name}"
 
 
 def _backbone_argument(backbone: BackboneConfig) -> str:

@@ -7,6 +7,7 @@ from datetime import datetime
 
 from huggingface_hub import HfApi
 
+from ..adapters.card import base_model
 from ..adapters.errors import OptionError, suggest
 from ..adapters.heads import HEADS
 from .client import told
@@ -67,12 +68,6 @@ def list_adapters(
             )
             for one in models
         ]
-
-
-def base_model(backbone: str) -> str:
-    """The hub id of a backbone: timm's networks are the organisation timm's."""
-    name = backbone.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    return name if "/" in name else f"timm/{name}"
 
 
 def _is_base(tag: str) -> bool:

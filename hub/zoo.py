@@ -37,9 +37,14 @@ class Entry:
 
 
 @cache
+def _listed() -> dict[str, Any]:
+    return tomllib.loads(LIST.read_text(encoding="utf-8"))
+
+
+@cache
 def entries() -> dict[str, Entry]:
     """All adapters by name."""
-    listed = tomllib.loads(LIST.read_text(encoding="utf-8"))
+    listed = _listed()
     found = {}
     for short, backbone in listed["backbones"].items():
         data: dict[str, Any] = listed["data"][backbone["data"]]
@@ -78,7 +83,7 @@ def namespace() -> str:
 
     Raises AdapterError while neither names one.
     """
-    found = os.environ.get(NAMESPACE) or tomllib.loads(LIST.read_text(encoding="utf-8"))["namespace"]
+    found = os.environ.get(NAMESPACE) or _listed()["namespace"]
     if not found:
         raise AdapterError(
             f"the zoo's adapters are not published yet: build them with `posthoc zoo build`, or set {NAMESPACE} to the user or "
