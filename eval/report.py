@@ -26,10 +26,10 @@ from . import report_page
 from .command import TableCommand, run_command
 from .extras import require
 from .inputs import Scored, open_model, read
-from .report_drawings import PICTURE, pictures
+from .report_drawings import pictures
 from .report_sections import look_of, sections
 from .report_tables import Evaluated, evaluate
-from .results import Results, made_now, read_run
+from .results import PICTURE, Results, made_now, read_run
 from .score_rows import REFERENCE
 from .table import render
 

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PICTURE = re.compile(r"(reliability|risk_coverage|histogram_\w+)\.png")
-"""Files that `pictures` names."""
 WIDTH, HEIGHT = 4.3, 3.1
 """Inches of a drawing: legible at the width of a phone."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +24,8 @@ from .table import Cell, Table
 SCHEMA_VERSION = 1
 KIND = "posthoc report"
 LIBRARIES = ("posthoc", "torch", "timm", "numpy", "scipy", "scikit-learn", "pytorch-ood", "matplotlib", "pillow")
+PICTURE = re.compile(r"(reliability|risk_coverage|histogram_\w+)\.png")
+"""Files of a report's pictures (`report_drawings.pictures`)."""
 LARGEST = 2**26
 """Bytes of a run, at most: tables of thousands of rows have less."""
 HOW_TO_MEND = "expected a file written by posthoc eval NAME --output FILE.json, or the results.json of a report"

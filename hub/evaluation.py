@@ -17,6 +17,7 @@ from ..adapters.card import Evaluation, Measured
 from ..adapters.command_line import published
 from ..adapters.config import AdapterConfig
 from ..adapters.errors import AdapterError
+from ..eval.results import PICTURE, read_run
 
 if TYPE_CHECKING:
     from ..eval.table import Table
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 FOLDER, RESULTS = "evaluation", "results.json"
 PLOT = re.compile(r"[A-Za-z0-9][\w.-]*\.(png|svg)")
-OURS = re.compile(r"evaluation/(results\.json|(reliability|risk_coverage|histogram_\w+)\.png)")
+OURS = re.compile(rf"{FOLDER}/({re.escape(RESULTS)}|{PICTURE.pattern})")
 """What `posthoc eval report` wrote, within a repository: nothing else of it is ours to replace or to take away."""
 MAX_PLOT_BYTES = 2**22
 
@@ -47,8 +48,6 @@ def read_evaluation(folder: Path, config: AdapterConfig) -> Evaluation | None:
 
     Raises AdapterError where it is of other weights than the folder's, PosthocError where it cannot be read.
     """
-    from ..eval.results import read_run
-
     files = evaluation_files(folder)
     if not files:
         return None
