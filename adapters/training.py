@@ -1,12 +1,8 @@
-"""The one training loop: accelerate, AdamW, warm-up and cosine, early stopping, metrics, resume."""
+"""How heads are trained: epochs over rows with AdamW, warm-up and cosine, until the held-out loss no longer falls."""
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .distributed import check_launch
 from .errors import DataError, OptionError
+from .training_loop import Plan, run_plan, step_generator
 
 
 @dataclass
@@ -75,12 +70,6 @@ def epochs_for(rows: int, batch_size: int, steps: int, lowest: int = 5, highest:
     return min(highest, max(lowest, math.ceil(steps * batch_size / max(rows, 1))))
 
 
-def step_generator(seed: int, *position: int) -> torch.Generator:
-    """A CPU generator that depends on (seed, position) alone: a resumed run draws what an unbroken one draws."""
-    mixed = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
-
-
 def train(
     step: nn.Module,
     rows: np.ndarray,
@@ -105,59 +94,56 @@ def train(
     Raises:
         DataError: there are fewer rows than one batch needs, or the loss is not finite.
     """
-    check_launch()
-    accelerator = Accelerator()
+    launch = check_launch()
     batch_size = min(options.batch_size, len(rows))
-    if batch_size < 2 * accelerator.num_processes:
+    if batch_size < 2 * launch.world:
         raise DataError(
-            f"head {name!r} got {len(rows)} fitting rows for {accelerator.num_processes} process(es); contrastive and "
-            "ranking losses need at least 2 rows a process: give more data, or a smaller validation share"
+            f"head {name!r} got {len(rows)} fitting rows for {launch.world} process(es); contrastive and ranking losses need "
+            "at least 2 rows a process: give more data, or a smaller validation share"
         )
-    trainable = [p for p in step.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay)
-    steps_per_epoch = max(1, len(rows) // batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(epochs * steps_per_epoch, warmup))
-    folder = None if options.output_dir is None else Path(options.output_dir) / name
-    signature = repr((key, len(rows), epochs, lr, batch_size, options.seed, weight_decay, accelerator.num_processes))
-    run = _Run(step, optimizer, schedule, folder, signature)
-    result, first_epoch = run.resume()
-    if first_epoch and first_epoch - 1 - result.best_epoch >= patience:  # it had stopped early, and stays so
-        first_epoch = epochs
-    prepared = accelerator.prepare(step) if accelerator.num_processes > 1 else step
-    bar = tqdm(
-        range(first_epoch, epochs),
-        desc=f"fit {name}",
-        unit="epoch",
-        initial=first_epoch,
-        total=epochs,
-        disable=not (options.progress and accelerator.is_main_process),
+    optimizer = torch.optim.AdamW([p for p in step.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    each = max(1, len(rows) // batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(epochs * each, warmup))
+    order = _Order(rows, options.seed)
+
+    def batch(i: int) -> tuple[Tensor, torch.Generator]:
+        epoch, place = divmod(i, each)
+        taken = order(epoch)[place * batch_size : (place + 1) * batch_size][launch.rank :: launch.world]
+        return torch.from_numpy(taken), step_generator(options.seed, epoch, place, launch.rank)
+
+    plan = Plan(
+        name=name,
+        steps=epochs * each,
+        every=each,
+        batch=batch,
+        evaluate=lambda: {"held_out_loss": float(evaluate())},
+        folder=options.output_dir,
+        signature=repr((key, len(rows), epochs, lr, batch_size, options.seed, weight_decay, launch.world)),
+        lowest="held_out_loss",
+        patience=patience,
+        clip=1.0,
+        placed=True,
+        progress=options.progress,
     )
-    start = time.perf_counter() - result.seconds
-    for epoch in bar:
-        loss = _one_epoch(prepared, accelerator, rows, batch_size, optimizer, schedule, trainable, options.seed, epoch)
-        if not math.isfinite(loss):
-            raise DataError(f"head {name!r}: the loss became {loss} in epoch {epoch + 1}; try a smaller lr than {lr}")
-        step.eval()
-        with torch.no_grad():
-            value = float(evaluate())
-        result.train_loss.append(loss)
-        result.held_out.append(value)
-        if result.best_epoch < 0 or value < result.held_out[result.best_epoch]:
-            result.best_epoch = epoch
-            run.best = copy.deepcopy(step.state_dict())
-        result.seconds = time.perf_counter() - start
-        bar.set_postfix(loss=f"{loss:.4f}", held_out=f"{value:.4f}")
-        if accelerator.is_main_process:
-            run.save(result, epoch)
-        if epoch - result.best_epoch >= patience:
-            break
-    bar.close()
-    step.load_state_dict(run.best)
-    step.eval()
-    return result
+    history = run_plan(step, optimizer, schedule, plan)
+    return TrainResult(history.column("train_loss"), history.column("held_out_loss"), history.best, history.seconds)
 
 
-def _warmup_cosine(total: int, warmup: float) -> Callable[[int], float]:
+class _Order:
+    """The rows in the random order of an epoch, drawn once for each."""
+
+    def __init__(self, rows: np.ndarray, seed: int) -> None:
+        self.rows, self.seed, self.epoch = rows, seed, -1
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        if epoch != self.epoch:
+            order = torch.randperm(len(self.rows), generator=step_generator(self.seed, epoch)).numpy()
+            self.epoch, self.now = epoch, self.rows[order]
+        return self.now
+
+
+def warmup_cosine(total: int, warmup: float) -> Callable[[int], float]:
+    """The factor of the learning rate at each of `total` steps: a linear rise over a share `warmup`, then a cosine to 0."""
     warm = max(1, round(total * warmup))
 
     def factor(i: int) -> float:
@@ -166,80 +152,3 @@ def _warmup_cosine(total: int, warmup: float) -> Callable[[int], float]:
         return 0.5 * (1.0 + math.cos(math.pi * (i - warm) / max(1, total - warm)))
 
     return factor
-
-
-def _one_epoch(
-    step: nn.Module,
-    accelerator: Accelerator,
-    rows: np.ndarray,
-    batch_size: int,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    trainable: list[nn.Parameter],
-    seed: int,
-    epoch: int,
-) -> float:
-    step.train()
-    order = rows[torch.randperm(len(rows), generator=step_generator(seed, epoch)).numpy()]
-    rank, world = accelerator.process_index, accelerator.num_processes
-    total: Tensor | None = None
-    n_steps = max(1, len(rows) // batch_size)
-    for i in range(n_steps):
-        batch = order[i * batch_size : (i + 1) * batch_size][rank::world]
-        loss = step(torch.from_numpy(batch), step_generator(seed, epoch, i, rank))
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-        nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        schedule.step()
-        total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None
-    return float(accelerator.reduce(total / n_steps, "mean"))
-
-
-class _Run:
-    """Where a run keeps its metrics and its checkpoint; with no folder it keeps nothing."""
-
-    def __init__(self, step: nn.Module, optimizer: Any, schedule: Any, folder: Path | None, signature: str) -> None:
-        self.step, self.optimizer, self.schedule = step, optimizer, schedule
-        self.folder, self.signature = folder, signature
-        self.best: dict[str, Any] = copy.deepcopy(step.state_dict())
-
-    def resume(self) -> tuple[TrainResult, int]:
-        if self.folder is None or not (self.folder / "checkpoint.pt").exists():
-            return TrainResult(), 0
-        saved = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if saved["signature"] != self.signature:  # of another fit: begin anew and overwrite it
-            return TrainResult(), 0
-        self.step.load_state_dict(saved["step"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.schedule.load_state_dict(saved["schedule"])
-        self.best = saved["best"]
-        return TrainResult(**saved["result"]), saved["epoch"] + 1
-
-    def save(self, result: TrainResult, epoch: int) -> None:
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lines = [
-            json.dumps({"epoch": i + 1, "train_loss": a, "held_out_loss": b})
-            for i, (a, b) in enumerate(zip(result.train_loss, result.held_out, strict=True))
-        ]
-        _replace(self.folder / "metrics.jsonl", lambda p: p.write_text("\n".join(lines) + "\n"))
-        state = {
-            "signature": self.signature,
-            "step": self.step.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "best": self.best,
-            "result": vars(result),
-            "epoch": epoch,
-        }
-        _replace(self.folder / "checkpoint.pt", lambda p: torch.save(state, p))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a temporary name, then rename it, so that a killed run leaves no half of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    write(part)
-    part.replace(path)
