@@ -1,0 +1,223 @@
+"""What every recipe shares: its options on the command line with named presets, and the folder of its run.
+
+    accelerate launch -m posthoc.recipes.NAME --preset smoke --output runs/first
+
+A preset is a set of options; several may be named, the later ones win, and what stands beside them on the command line
+wins over all. A run's folder holds config.json, a folder with metrics.jsonl and checkpoint.pt for each of its trainings,
+results.json and the plots. `--resume` continues an unfinished run to the result that an unbroken one has.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..adapters.distributed import Launch, check_launch
+from ..adapters.errors import OptionError, PosthocError, suggest
+from ..adapters.persistence import plain, write_run
+from ..adapters.training_loop import Record, step_generator
+from ..eval.extras import require
+from ..eval.results import made_now
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+Preset = Mapping[str, Any]
+NOT_OF_THE_RESULT = ("output", "resume", "tracker")
+"""Options that a run may be continued with other values of."""
+
+
+@dataclass(kw_only=True)
+class RecipeConfig:
+    """The options of every recipe."""
+
+    output: Path = Path("runs")
+    """folder of the run"""
+    seed: int = 0
+    """of every random number"""
+    resume: bool = False
+    """continue the run that is in that folder"""
+    tracker: tuple[Tracker, ...] = ()
+    """also send the metrics there: tensorboard, wandb or trackio, by accelerate"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**31:
+            raise OptionError(f"--seed {self.seed} was given; expected a whole number from 0 to 2^31 - 1")
+
+
+C = TypeVar("C", bound=RecipeConfig)
+
+
+class Run:
+    """A recipe's run: its folder, this process's share of the work, and what it has to tell.
+
+    Attributes: folder; launch, this process's place; device, where accelerate puts networks.
+    Raises, before anything is computed, OptionError for a folder that holds a run already (without `resume`), or a run of
+    other options (with it), and PosthocError without the plotting extra.
+    """
+
+    def __init__(self, name: str, config: RecipeConfig) -> None:
+        require("matplotlib", "matplotlib")
+        self.name, self.config, self.folder = name, config, config.output
+        self.launch: Launch = check_launch()
+        self.signature = json.dumps(self._kept(config), sort_keys=True)
+        self.launch.on_main(self._check_folder)
+        write_run(self.folder, "config.json", {"recipe": name, **asdict(config)})
+        self.accelerator = Accelerator(log_with=list(config.tracker) or None, project_dir=str(self.folder))
+        if config.tracker:
+            self.accelerator.init_trackers(f"posthoc-{name}", config=plain(self._kept(config)))
+        self.device = self.accelerator.device
+        self.started = time.perf_counter()
+
+    def observe(self, training: str) -> Callable[[Record], None] | None:
+        """For `Plan.observe`: sends a training's records to the trackers, if there are any."""
+        if not self.config.tracker:
+            return None
+
+        def send(record: Record) -> None:
+            step = int(record["step"])
+            self.accelerator.log({f"{training}/{k}": v for k, v in record.items() if k != "step"}, step=step)
+
+        return send
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write results.json: the config, what was found, and when, how long and with which versions it was made."""
+        made = {**made_now(sys.argv), "seconds": round(time.perf_counter() - self.started, 1)}
+        made["processes"] = self.launch.world
+        write_run(
+            self.folder, "results.json", {"recipe": self.name, "config": asdict(self.config), **results, "made": made}
+        )
+        self.accelerator.end_training()
+
+    def _check_folder(self) -> None:
+        known = self.folder / "config.json"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise OptionError(f"--output {self.folder} is a file; expected a folder")
+        if not known.exists():
+            return
+        if not self.config.resume:
+            raise OptionError(
+                f"--output {self.folder} holds a run already: continue it with --resume, or give another folder"
+            )
+        try:
+            found = json.loads(known.read_text())
+        except ValueError as error:
+            raise OptionError(f"{known} is not JSON ({error}): give another folder") from error
+        wanted = {"recipe": self.name, **plain(self._kept(self.config))}
+        other = [name for name, value in wanted.items() if found.get(name) != value]
+        if other:
+            shown = ", ".join(f"{name} is {found.get(name)!r} there and {wanted[name]!r} here" for name in other[:4])
+            raise OptionError(f"--resume: the run in {self.folder} has other options ({shown}): give it the same ones")
+
+    @staticmethod
+    def _kept(config: RecipeConfig) -> dict[str, Any]:
+        return plain({name: value for name, value in asdict(config).items() if name not in NOT_OF_THE_RESULT})
+
+
+def row_blocks(batch_size: int, block: int, launch: Launch) -> range:
+    """The blocks of `block` rows of a batch that are this process's, of any number of processes that divides them.
+
+    Random numbers that are drawn for each block by its own generator (`step_generator(seed, step, block)`) are then those
+    of the global rows: one process and several see the same batch. Raises OptionError where the numbers do not divide.
+    """
+    count = batch_size // block
+    if not count or batch_size % block or count % launch.world:
+        raise OptionError(
+            f"a batch of {batch_size} rows in blocks of {block} cannot be shared by {launch.world} process(es): give a batch "
+            f"size that is a multiple of {block * launch.world}"
+        )
+    each = count // launch.world
+    return range(launch.rank * each, (launch.rank + 1) * each)
+
+
+@contextmanager
+def seeded(seed: int, *position: int) -> Iterator[None]:
+    """PyTorch's global generator, from which modules draw their first weights, seeded inside and left alone outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(step_generator(seed, *position).initial_seed())
+        yield
+
+
+def seeded_module(make: Callable[[], nn.Module], seed: int, *position: int) -> Any:
+    """A module whose first weights depend on (seed, position) alone."""
+    with seeded(seed, *position):
+        return make()
+
+
+def main(
+    name: str,
+    config: type[C],
+    presets: Mapping[str, Preset],
+    run: Callable[[C], None],
+    about: str | None,
+    knobs: str,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """A recipe as a command: options from its dataclass and presets, errors as one line and status 2.
+
+    Args:
+        presets: options by name; `default` is taken where none is named. about: the recipe's docstring, shown by --help.
+        knobs: the options that say how much memory a step takes, for the message when there is too little.
+    """
+    try:
+        run(parse(name, config, presets, about, sys.argv[1:] if arguments is None else arguments))
+    except PosthocError as error:
+        _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail(f"out of memory ({str(error).splitlines()[0][:200]}): give a smaller {knobs}")
+
+
+def parse(name: str, config: type[C], presets: Mapping[str, Preset], about: str | None, arguments: Sequence[str]) -> C:
+    """The config of a command line. Raises OptionError for an unknown preset, SystemExit as tyro does."""
+    import tyro
+
+    names, rest = _presets_named(arguments)
+    options: dict[str, Any] = {}
+    for one in names or ["default"]:
+        if one not in presets:
+            raise OptionError(f"--preset {one!r} is unknown; {suggest(one, presets)}")
+        options.update(presets[one])
+    shown = "\n".join(f"  {key}: {_shown(value)}" for key, value in presets.items())
+    text = f"{about or ''}\n\n--preset NAME [NAME ...] sets several options at once, default if none is named:\n{shown}"
+    return tyro.cli(config, prog=f"posthoc.recipes.{name}", description=text, default=config(**options), args=rest)
+
+
+def _presets_named(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    names: list[str] = []
+    rest: list[str] = []
+    taking = False
+    for word in arguments:
+        if word == "--preset" or word.startswith("--preset="):
+            taking = True
+            names += word.split("=", 1)[1:]
+        elif word.startswith("-"):
+            taking = False
+            rest.append(word)
+        else:
+            (names if taking else rest).append(word)
+    return names, rest
+
+
+def _shown(options: Preset) -> str:
+    words = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in options.items())
+    return words or "the options' own defaults"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in words
+
+
+def _fail(message: str) -> None:
+    print(f"posthoc: {message}", file=sys.stderr)
+    raise SystemExit(2)
