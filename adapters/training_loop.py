@@ -72,10 +72,13 @@ class History:
         return [record[name] for record in self.records]
 
 
-def step_generator(seed: int, *position: int) -> torch.Generator:
-    """A CPU generator that depends on (seed, position) alone: a resumed run draws what an unbroken one draws."""
+def step_generator(seed: int, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on (seed, position) alone: a resumed run draws what an unbroken one draws.
+
+    `device`: where it draws, the CPU; other kinds of device draw other numbers from the same seed.
+    """
     mixed = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
+    return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))
 
 
 def run_plan(module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, plan: Plan) -> History:

@@ -31,7 +31,7 @@ from ..eval.results import made_now
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Preset = Mapping[str, Any]
-NOT_OF_THE_RESULT = ("output", "resume", "tracker")
+NOT_OF_THE_RESULT = ("output", "resume", "tracker", "cache_dir", "data_dir")
 """Options that a run may be continued with other values of."""
 
 

@@ -1,0 +1,309 @@
+"""MCInfoNCE's controlled experiment: does the loss find the true posteriors, up to a rotation?
+
+    accelerate launch -m posthoc.recipes.synthetic --output runs/synthetic --seed 4
+
+COST
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.distributed import Launch
+from ..adapters.errors import OptionError, PosthocError
+from ..adapters.losses import ExpectedLikelihoodKernel, HedgedInstance, MCInfoNCE
+from ..adapters.training import warmup_cosine
+from ..adapters.training_loop import History, Plan, run_plan, step_generator
+from ..adapters.vmf import VonMisesFisher
+from .encoders import VmfEncoder, paper_encoder
+from .running import Preset, RecipeConfig, Run, main, row_blocks, seeded_module
+from .synthetic_process import CALIBRATION, Family, Process, ProcessConfig, make_process
+from .synthetic_report import Truth, draw_plots, final_figures, round_figures
+
+BLOCK = 32
+"""Rows of a batch that share a generator: so many rows, or a multiple, are a process's share."""
+ENCODER, FIXED, TRAINING = 100, 101, 102  # places of the random numbers, beyond those of the process
+
+
+@dataclass(kw_only=True)
+class SyntheticConfig(RecipeConfig):
+    """Options of the controlled experiment."""
+
+    output: Path = Path("runs/synthetic")
+    """folder of the run"""
+    loss: Literal["mcinfonce", "elk", "hib"] = "mcinfonce"
+    """MCInfoNCE, the expected likelihood kernel, or hedged instance embeddings"""
+    input_dim: int = 10
+    """D of the images x, uniform on [0, 1]^D"""
+    latent_dim: int = 10
+    """d of the true latents on the sphere S^(d-1)"""
+    encoder_dim: int = 10
+    """d of the encoder's posteriors"""
+    family: Family = "vmf"
+    """of the true posteriors: vmf, gaussian or laplace (the last two projected on the sphere)"""
+    kappa_low: float = 16.0
+    """smallest true concentration"""
+    kappa_high: float = 32.0
+    """largest true concentration; inf: no ambiguity at all"""
+    kappa_positive: float = 20.0
+    """concentration of positives round the anchor's latent, and the loss's inverse temperature"""
+    spread: float = 0.5
+    """a process is accepted when some pair of its means has a cosine below this"""
+    shared_backbone: bool = False
+    """whether concentrations, true and learned, are functions of the mean direction"""
+    acceptance: Literal["exact", "paper"] = "exact"
+    """constant of the positives' acceptance; paper: its fit, 1.65 nats off at d = 10"""
+    sampler: Literal["exact", "paper"] = "exact"
+    """of the process and the loss; paper: its sampler, which misses its concentration above 10 unless kappa >> d"""
+    encoder_kappa_low: float = 16.0
+    """smallest concentration of the encoder at the start"""
+    encoder_kappa_high: float = 32.0
+    """largest concentration of the encoder at the start"""
+    encoder_width: int = 0
+    """of the encoder's hidden layers; 0: the paper's, 10, 50 and 10 times what a network gives out"""
+    encoder_hidden: int = 6
+    """layers between the encoder's first and last"""
+    samples: int = 128
+    """Monte-Carlo samples of the loss for each posterior"""
+    negatives: int = 16
+    """for each anchor; 0: the positives of other rows"""
+    hib_scale: float = 1.0
+    """a of hib"""
+    hib_shift: float = 0.0
+    """b of hib"""
+    learnable: bool = False
+    """whether the loss's parameters are trained too"""
+    phases: int = 1
+    """rounds of training first the means, then the concentrations; 0: both at once, for twice the steps"""
+    steps: int = 50_000
+    """optimiser steps of each half of a phase"""
+    batch_size: int = 128
+    """rows of a step, over all processes"""
+    lr: float = 1e-4
+    """of Adam"""
+    schedule: Literal["halved", "cosine"] = "halved"
+    """halved: the paper's steps; cosine: a rise over a twentieth of the steps, then down to 0, in each half phase"""
+    eval_every: int = 500
+    """steps between evaluations and checkpoints"""
+    eval_rows: int = 2000
+    """images of an evaluation: all their pairs are compared"""
+    check: bool = False
+    """fail unless the cosines have become better"""
+    cache_dir: Path | None = None
+    """where processes are kept; default: a folder of the feature store"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("input_dim", "encoder_hidden", "samples", "steps", "batch_size", "eval_every"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected at least 1")
+        if self.encoder_dim < 2 or self.negatives < 0 or self.phases < 0 or self.encoder_width < 0:
+            raise OptionError(
+                f"--encoder-dim {self.encoder_dim} --negatives {self.negatives} --phases {self.phases} --encoder-width "
+                f"{self.encoder_width} was given; expected 2 or more dimensions, and no negative number"
+            )
+        if self.eval_rows < 2 * self.latent_dim + 4:
+            raise OptionError(f"--eval-rows {self.eval_rows} was given; expected {2 * self.latent_dim + 4} or more")
+        if not 0 < self.encoder_kappa_low <= self.encoder_kappa_high or not 0 < self.lr < math.inf:
+            raise OptionError(
+                f"--encoder-kappa-low {self.encoder_kappa_low} --encoder-kappa-high {self.encoder_kappa_high} --lr {self.lr} "
+                "was given; expected 0 < low <= high and a positive lr"
+            )
+
+    def process(self) -> ProcessConfig:
+        return ProcessConfig(
+            inputs=self.input_dim,
+            dim=self.latent_dim,
+            family=self.family,
+            lowest=self.kappa_low,
+            highest=self.kappa_high,
+            spread=self.spread,
+            shared=self.shared_backbone,
+            positive=self.kappa_positive,
+            constant=self.acceptance,
+            sampler=self.sampler,
+            seed=self.seed,
+        )
+
+
+class SyntheticStep(nn.Module):
+    """The loss of this process's share of one fresh batch, as a module that the training loop trains."""
+
+    def __init__(
+        self, encoder: VmfEncoder, criterion: nn.Module, process: Process, config: SyntheticConfig, launch: Launch
+    ) -> None:
+        super().__init__()
+        self.encoder, self.criterion = encoder, criterion
+        self.draw = process.draw  # not the process itself, which is no part of what is trained and stored
+        self.config, self.blocks = config, row_blocks(config.batch_size, BLOCK, launch)
+
+    def forward(self, stage: int, step: int, negatives: int) -> Tensor:
+        places = [(self.config.seed, TRAINING, stage, step, block) for block in self.blocks]
+        drawn = [self.draw(BLOCK, negatives, step_generator(*place, 0)) for place in places]
+        anchor, positive, negative = zip(*drawn, strict=True)
+        # the networks see all rows at once; the loss goes block by block, each with its own random numbers
+        posteriors = [self._encode(anchor), self._encode(positive)]
+        posteriors.append(self._encode(negative) if negatives else [None] * len(places))
+        device = anchor[0].device
+        losses = [
+            self._loss(*block, step_generator(*place, 1, device=device))
+            for place, *block in zip(places, *posteriors, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+    def _encode(self, blocks: Sequence[Tensor]) -> list[Any]:
+        found = self.encoder(torch.cat(list(blocks)))
+        return [
+            VonMisesFisher(mu, kappa, validate_args=False)
+            for mu, kappa in zip(found.mean_direction.split(BLOCK), found.concentration.split(BLOCK), strict=True)
+        ]
+
+    def _loss(self, anchor: Any, positive: Any, negatives: Any, generator: torch.Generator) -> Tensor:
+        if isinstance(self.criterion, ExpectedLikelihoodKernel):  # exact: nothing to draw
+            return self.criterion(anchor, positive, negatives)
+        return self.criterion(anchor, positive, negatives, generator)
+
+
+def make_criterion(config: SyntheticConfig) -> nn.Module:
+    """The loss of the options, with the paper's sampler where that is asked for."""
+    paper = config.sampler == "paper"
+    if config.loss == "elk":
+        return ExpectedLikelihoodKernel(config.kappa_positive, config.learnable)
+    if config.loss == "hib":
+        return HedgedInstance(
+            config.hib_scale, config.hib_shift, config.samples, config.learnable, antithetic=not paper, reference=paper
+        )
+    return MCInfoNCE(config.kappa_positive, config.samples, config.learnable, antithetic=not paper, reference=paper)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training with its own optimiser: what is trained, for how many steps, and the optimiser steps before it."""
+
+    name: str
+    trained: tuple[str, ...]
+    steps: int
+    before: int
+    negatives: int
+
+
+def stages(config: SyntheticConfig) -> list[Stage]:
+    """The half phases: means against other rows' positives (but in 2 dimensions), then concentrations; or both at once."""
+    if not config.phases:
+        return [Stage("joint", ("mean", "concentration"), 2 * config.steps, 0, config.negatives)]
+    rolled = 0 if config.latent_dim > 2 else config.negatives
+    found = []
+    for phase in range(config.phases):
+        before = 2 * phase * config.steps
+        found.append(Stage(f"phase-{phase + 1}-mean", ("mean",), config.steps, before, rolled))
+        found.append(
+            Stage(f"phase-{phase + 1}-kappa", ("concentration",), config.steps, before + config.steps, config.negatives)
+        )
+    return found
+
+
+def _schedule(config: SyntheticConfig, stage: Stage, optimizer: torch.optim.Optimizer) -> Any:
+    if config.schedule == "cosine":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(stage.steps, 0.05))
+    start = 0.5 ** (stage.before / (2 * config.steps))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: start * (1.0 if i < stage.steps // 2 else 0.5))
+
+
+def _train(run: Run, config: SyntheticConfig, step: SyntheticStep, number: int, truth: Truth) -> History:
+    """One stage; a finished one is only read back."""
+    stage = stages(config)[number]
+    parts = {"mean": step.encoder.mean, "concentration": step.encoder.concentration}
+    step.requires_grad_(False)
+    for part in (*(parts[name] for name in stage.trained), step.criterion):
+        part.requires_grad_(True)
+    if math.isinf(config.encoder_kappa_high):  # it has no part in the loss
+        step.encoder.concentration.requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in step.parameters() if p.requires_grad], lr=config.lr)
+    plan = Plan(
+        name=stage.name,
+        steps=stage.steps,
+        every=config.eval_every,
+        batch=lambda i: (number, i, stage.negatives),
+        evaluate=lambda: round_figures(step.encoder, truth),
+        folder=run.folder,
+        signature=run.signature,
+        observe=run.observe(stage.name),
+    )
+    return run_plan(step, optimizer, _schedule(config, stage, optimizer), plan)
+
+
+def run(config: SyntheticConfig) -> dict[str, Any]:
+    """The whole experiment; returns what results.json holds under `figures`."""
+    run = Run("synthetic", config)
+    row_blocks(config.batch_size, BLOCK, run.launch)  # before a process is built
+    run.launch.on_main(lambda: make_process(config.process(), config.cache_dir) and None)
+    process = make_process(config.process(), config.cache_dir).to(run.device)  # stored by now, where disks are shared
+    encoder = seeded_module(
+        lambda: paper_encoder(
+            config.input_dim, config.encoder_dim, config.encoder_width, config.encoder_hidden, config.shared_backbone
+        ),
+        config.seed,
+        ENCODER,
+    )
+    inputs = process.images((CALIBRATION,), step_generator(config.seed, ENCODER, 1))
+    encoder.to(run.device).calibrate(inputs, config.encoder_kappa_low, config.encoder_kappa_high)
+    truth = Truth.of(process, config.eval_rows, step_generator(config.seed, FIXED))
+    step = SyntheticStep(encoder, make_criterion(config).to(run.device), process, config, run.launch)
+    start = round_figures(encoder, truth)
+    histories = {stage.name: _train(run, config, step, i, truth) for i, stage in enumerate(stages(config))}
+    figures = final_figures(encoder, truth, step_generator(config.seed, FIXED, 1))
+    seconds = {name: round(history.seconds, 1) for name, history in histories.items()}
+    run.launch.on_main(lambda: draw_plots(run.folder, encoder, truth, start, histories))
+    parameters = {name: float(value) for name, value in step.criterion.named_parameters()}
+    run.finish({"figures": figures, "start": start, "training_seconds": seconds, "loss_parameters": parameters})
+    if config.check and not figures["cosines_spearman"] > start["cosines_spearman"] + 0.1:
+        raise PosthocError(
+            f"nothing was learnt: the rank correlation of cosines went from {start['cosines_spearman']:.3f} to "
+            f"{figures['cosines_spearman']:.3f}"
+        )
+    return figures
+
+
+_SMALL: Preset = {"encoder_width": 128, "encoder_hidden": 3, "schedule": "cosine", "lr": 2e-3}
+PRESETS: dict[str, Preset] = {
+    "smoke": {**_SMALL, "steps": 150, "batch_size": 128, "samples": 16, "negatives": 4, "eval_every": 50,
+              "eval_rows": 500, "check": True},
+    "default": {**_SMALL, "steps": 3000, "batch_size": 256, "samples": 64, "negatives": 8, "eval_every": 250},
+    "paper": {"batch_size": 512, "samples": 512, "negatives": 32, "eval_rows": 10_000, "acceptance": "paper", "sampler": "paper"},
+    "ambiguous": {"kappa_low": 16.0, "kappa_high": 32.0},
+    "clear": {"kappa_low": 64.0, "kappa_high": 128.0},
+    "injective": {"kappa_low": math.inf, "kappa_high": math.inf},
+    "elk": {"loss": "elk", "phases": 0, "negatives": 1},
+    "hib": {"loss": "hib", "phases": 0, "negatives": 0},
+    "2d": {"input_dim": 2, "latent_dim": 2, "encoder_dim": 2, "negatives": 1, "steps": 4096},
+    "gaussian": {"family": "gaussian"},
+    "laplace": {"family": "laplace"},
+    "shared-backbone": {"shared_backbone": True},
+}  # fmt: skip
+PRESETS |= {f"encoder-{d}": {"encoder_dim": d} for d in (4, 8, 16)}
+PRESETS |= {
+    "encoder-32": {"encoder_dim": 32, "negatives": 8},
+    "encoder-64": {"encoder_dim": 64, "samples": 256, "negatives": 8},
+    "encoder-128": {"encoder_dim": 128, "batch_size": 256, "samples": 256, "negatives": 8},
+}
+PRESETS |= {f"samples-{s}": {"samples": s} for s in (1, 4, 16, 64, 256)}
+PRESETS |= {
+    f"dim-{d}": {"input_dim": d, "latent_dim": d, "encoder_dim": d, "batch_size": 256, "samples": 256, "negatives": 32 if d < 64 else 8}
+    for d in (10, 16, 32, 40, 48, 56, 64, 128)
+}  # fmt: skip
+
+
+def command(arguments: Sequence[str] | None = None) -> None:
+    """The recipe as a command."""
+    main("synthetic", SyntheticConfig, PRESETS, run, __doc__, "--batch-size, --negatives or --samples", arguments)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,210 @@
+"""The process that makes the data of MCInfoNCE's controlled experiment: images of ambiguous latents, and which of them match.
+
+x is uniform on [0, 1]^D, its latent z lies on the sphere S^(d-1) round mu(x) with concentration kappa(x). Two images
+match with probability P(z.z') = sigmoid(kappa_pos z.z' - r), the posterior of vMF(kappa_pos) against uniform.
+
+Source: Kirchhof et al., ICML 2023, arXiv 2302.02865, and its code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from ..adapters.errors import DataError, OptionError
+from ..adapters.files import replace_file
+from ..adapters.losses.paper_sampler import paper_rsample
+from ..adapters.store import default_cache_dir
+from ..adapters.training_loop import step_generator
+from ..adapters.vmf import log_normalizer, standard_normal
+from .encoders import RangedConcentration, VmfEncoder, mlp
+from .running import seeded_module
+
+Family = Literal["vmf", "gaussian", "laplace"]
+PAPER_ERROR = {
+    2: -0.198, 4: -0.585, 8: -1.310, 10: -1.647, 12: -1.969, 16: -2.572, 32: -4.394, 40: -5.008, 48: -5.468,
+    56: -5.805, 64: -6.025, 96: -6.221, 128: -5.826, 256: -3.136, 512: -0.12,
+}  # fmt: skip
+"""By dimension: how far the paper's fitted constant r lies off at kappa_pos = 20."""
+CALIBRATION = 1000
+"""Inputs on which ranges of concentrations are fixed, and the spread of the mean directions is judged."""
+SMOOTHING_STEPS, SMOOTHING_BATCH, SMOOTHING_LR = 5000, 64, 0.01
+TRIES = 50
+CANDIDATES = 1 << 20  # looked at at once
+
+
+@dataclass(frozen=True)
+class ProcessConfig:
+    """Of a process.
+
+    Attributes:
+        inputs, dim: dimensions of x and z. family: of z round mu(x); "gaussian" and "laplace" are projected on the sphere.
+        lowest, highest: range of kappa(x); infinite: z is mu(x). spread: cosine that some pair of means must fall below.
+        hidden, width: layers and width of the networks. shared: kappa is a function of mu(x) instead of x.
+        positive: kappa_pos. constant: r, exact, or the paper's fit. sampler: exact, or the paper's.
+    """
+
+    inputs: int = 10
+    dim: int = 10
+    family: Family = "vmf"
+    lowest: float = 16.0
+    highest: float = 32.0
+    spread: float = 0.5
+    hidden: int = 1
+    width: int = 10
+    shared: bool = False
+    positive: float = 20.0
+    constant: Literal["exact", "paper"] = "exact"
+    sampler: Literal["exact", "paper"] = "exact"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.inputs < 1 or self.dim < 2 or self.hidden < 1 or self.width < 1:
+            raise OptionError(
+                f"inputs={self.inputs}, dim={self.dim}, hidden={self.hidden}, width={self.width} were given; a process needs "
+                "an input, a latent space of 2 dimensions, a hidden layer and a width of 1 or more"
+            )
+        if not 0 < self.lowest <= self.highest or not 0 < self.positive < math.inf:
+            raise OptionError(
+                f"concentrations from {self.lowest} to {self.highest} and kappa_pos={self.positive} were given; expected "
+                "0 < lowest <= highest, and a positive number for kappa_pos"
+            )
+        if self.constant == "paper" and (self.positive != 20.0 or self.dim not in PAPER_ERROR):
+            raise OptionError(
+                f"the paper's acceptance constant is known for kappa_pos=20 in dimensions {sorted(PAPER_ERROR)}; given "
+                f"kappa_pos={self.positive:g}, dim={self.dim}: take the exact one"
+            )
+
+
+class Process(nn.Module):
+    """The process itself; `draw` gives batches. Its networks are fixed.
+
+    Attributes: encoder, the true posterior's mean and concentration of x [..., inputs]; offset, r.
+    """
+
+    def __init__(self, config: ProcessConfig) -> None:
+        super().__init__()
+        self.config = config
+        middle = [config.width] * config.hidden
+        ambiguity = mlp([config.dim if config.shared else config.inputs, *middle, 1])
+        mean = mlp([config.inputs, *middle, config.width, config.dim])
+        self.encoder = VmfEncoder(mean, RangedConcentration(ambiguity), config.shared)
+        self.offset = acceptance_offset(config)
+
+    def images(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """x, uniform on [0, 1]^inputs: [*shape, inputs]."""
+        device = next(self.parameters()).device
+        return torch.rand((*shape, self.config.inputs), generator=generator).to(device)
+
+    def latents(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """One latent z, unit length, for each image: [..., inputs] -> [..., d]."""
+        posterior = self.encoder(x)
+        mu, kappa = posterior.mean_direction, posterior.concentration
+        if self.config.family == "vmf":
+            if self.config.sampler == "paper":
+                return paper_rsample(posterior, 1, generator)[0]
+            return posterior.sample((), generator)
+        noise = standard_normal(mu.shape, mu, generator)
+        if self.config.family == "gaussian":
+            return functional.normalize(mu + noise * kappa.rsqrt()[..., None], dim=-1)
+        tail = torch.special.log_ndtr(-noise.abs()) + math.log(2.0)  # the logarithm of a uniform number
+        return functional.normalize(mu - noise.sign() * tail / kappa[..., None], dim=-1)
+
+    def match_probability(self, cosine: Tensor) -> Tensor:
+        """P(two images match | the cosine of their latents)."""
+        return torch.sigmoid(self.config.positive * cosine - self.offset)
+
+    @torch.no_grad()
+    def draw(self, rows: int, negatives: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [rows, inputs], a matching one each [rows, inputs], and [rows, negatives, inputs] that do not match (None: 0).
+
+        All are compared with one latent for each row. Exact: candidates are drawn until one of them is taken.
+        """
+        x = self.images((rows,), generator)
+        z = self.latents(x, generator)
+        positive = self._fill(z, True, generator)
+        if not negatives:
+            return x, positive, None
+        far = self._fill(z.repeat_interleave(negatives, 0), False, generator)
+        return x, positive, far.reshape(rows, negatives, -1)
+
+    def _fill(self, z: Tensor, matching: bool, generator: torch.Generator) -> Tensor:
+        """For each latent [N, d] an image [N, inputs] that matches it, or one that does not."""
+        taken = z.new_empty(len(z), self.config.inputs)
+        left = torch.arange(len(z), device=z.device)
+        each = 32 if matching else 1  # few images match, nearly all do not
+        while len(left):
+            now = left[: max(1, CANDIDATES // each)]
+            x = self.images((len(now), each), generator)
+            chance = self.match_probability((self.latents(x, generator) * z[now, None]).sum(-1))
+            matches = torch.rand(chance.shape, generator=generator).to(chance.device) < chance
+            good = matches == matching
+            found, place = good.max(1)  # the first good one
+            taken[now[found]] = x[found, place[found]]
+            left = torch.cat([now[~found], left[len(now) :]])
+        return taken
+
+
+def acceptance_offset(config: ProcessConfig) -> float:
+    """r = log C_d(0) - log C_d(kappa_pos), where vMF(kappa_pos) and the uniform distribution have equal density."""
+    ends = log_normalizer(torch.tensor([0.0, config.positive], dtype=torch.float64), config.dim)
+    return float(ends[0] - ends[1]) + (PAPER_ERROR[config.dim] if config.constant == "paper" else 0.0)
+
+
+def make_process(config: ProcessConfig, cache_dir: Path | None = None, progress: bool = True) -> Process:
+    """The process of `config`, conditioned as in the paper, from the cache or built (seconds).
+
+    Weights are drawn and the mean's network is trained until distances of images and of their means agree, anew until
+    some pair of means is farther apart than `spread`. Raises DataError when that fails again and again.
+    """
+    folder = cache_dir or default_cache_dir() / "processes"
+    key = sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:24]
+    path = folder / f"{key}.safetensors"
+    process = Process(config)
+    if path.exists():
+        try:
+            process.load_state_dict(load_tensors(path.read_bytes()))
+        except Exception as error:  # safetensors' own error, or other tensors
+            raise DataError(f"{path} is no stored process ({error}): delete it, and it is built again") from error
+        return process.requires_grad_(False)
+    for attempt in range(TRIES):
+        process = seeded_module(lambda: Process(config), config.seed, attempt)
+        _smooth(process, config.seed, attempt, progress)
+        x = process.images((CALIBRATION,), step_generator(config.seed, attempt, 1))
+        with torch.no_grad():
+            mu = process.encoder.direction(x)
+        if float((mu @ mu.T).min()) <= config.spread:
+            # last, as a shared network's concentrations depend on the mean's
+            process.encoder.calibrate(x, config.lowest, config.highest)
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(path, save_tensors(process.state_dict()))
+            return process.requires_grad_(False)
+    raise DataError(
+        f"none of {TRIES} processes had a pair of means with a cosine below {config.spread}: give a larger spread"
+    )
+
+
+def _smooth(process: Process, seed: int, attempt: int, progress: bool) -> None:
+    """Train the mean's network so that distances of images and of their means agree, near ones above all."""
+    optimizer = torch.optim.Adam(process.encoder.mean.parameters(), lr=SMOOTHING_LR)
+    low = torch.tril_indices(SMOOTHING_BATCH, SMOOTHING_BATCH).unbind()
+    x = process.images((SMOOTHING_STEPS, SMOOTHING_BATCH), step_generator(seed, attempt, 0))
+    for batch in tqdm(x, desc=f"process, try {attempt + 1}", unit="step", disable=not progress, leave=False):
+        mu = process.encoder.direction(batch)
+        between = torch.cdist(batch, batch)[low]
+        apart = 1.0 - (mu @ mu.T)[low] / 2.0  # the paper's code; of a pair of one and the same image it is 1/2
+        loss = ((between - apart).square() * (math.sqrt(2.0) - apart.detach()).pow(4)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
