@@ -175,11 +175,18 @@ class VonMisesFisher(Distribution):
         sample along by the smallest rotation, which adds no variance.
         """
         shape = self._extended_shape(torch.Size(sample_shape))
-        samples = torch.Size(sample_shape).numel()
+        mu = self.mean_direction
+        score = standard_normal((self.concentration.numel(), torch.Size(sample_shape).numel()), mu, generator)
+        return self.from_normal(score.T.reshape(shape[:-1]), standard_normal(shape, mu, generator))
+
+    def from_normal(self, score: Tensor, noise: Tensor) -> Tensor:
+        """The samples [*sample_shape, *batch, d] of `rsample` that standard normal numbers make.
+
+        score: [*sample_shape, *batch], larger ones give samples farther from mu. noise: with one more dimension, d.
+        """
         mu, kappa = self.mean_direction, self.concentration
-        score = standard_normal((kappa.numel(), samples), mu, generator)
-        h = _HalfChord.apply(kappa.reshape(-1), score, self.dim).T.reshape(shape[:-1]).unsqueeze(-1)
-        noise = standard_normal(shape, mu, generator)
+        columns = score.reshape(-1, kappa.numel()).T
+        h = _HalfChord.apply(kappa.reshape(-1), columns, self.dim).T.reshape(score.shape).unsqueeze(-1)
         fixed = mu.detach()
         tangent = functional.normalize(noise - (noise * fixed).sum(-1, keepdim=True) * fixed, dim=-1)
         # the smallest rotation from `fixed` to mu: none now, but its derivatives are there

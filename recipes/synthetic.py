@@ -24,10 +24,10 @@ from ..adapters.training_loop import History, Plan, run_plan, step_generator
 from ..adapters.vmf import VonMisesFisher
 from .encoders import VmfEncoder, paper_encoder
 from .running import Preset, RecipeConfig, Run, main, row_blocks, seeded_module
-from .synthetic_process import CALIBRATION, Family, Process, ProcessConfig, make_process
+from .synthetic_process import CALIBRATION, Family, Numbers, Process, ProcessConfig, make_process
 from .synthetic_report import Truth, draw_plots, final_figures, round_figures
 
-BLOCK = 32
+BLOCK = 64
 """Rows of a batch that share a generator: so many rows, or a multiple, are a process's share."""
 ENCODER, FIXED, TRAINING = 100, 101, 102  # places of the random numbers, beyond those of the process
 
@@ -146,20 +146,17 @@ class SyntheticStep(nn.Module):
 
     def forward(self, stage: int, step: int, negatives: int) -> Tensor:
         places = [(self.config.seed, TRAINING, stage, step, block) for block in self.blocks]
-        drawn = [self.draw(BLOCK, negatives, step_generator(*place, 0)) for place in places]
-        anchor, positive, negative = zip(*drawn, strict=True)
+        drawn = self.draw(Numbers([step_generator(*place, 0) for place in places], BLOCK), negatives)
         # the networks see all rows at once; the loss goes block by block, each with its own random numbers
-        posteriors = [self._encode(anchor), self._encode(positive)]
-        posteriors.append(self._encode(negative) if negatives else [None] * len(places))
-        device = anchor[0].device
+        posteriors = [[None] * len(places) if x is None else self._encode(x) for x in drawn]
         losses = [
-            self._loss(*block, step_generator(*place, 1, device=device))
+            self._loss(*block, step_generator(*place, 1, device=drawn[0].device))
             for place, *block in zip(places, *posteriors, strict=True)
         ]
         return torch.stack(losses).mean()
 
-    def _encode(self, blocks: Sequence[Tensor]) -> list[Any]:
-        found = self.encoder(torch.cat(list(blocks)))
+    def _encode(self, x: Tensor) -> list[Any]:
+        found = self.encoder(x)
         return [
             VonMisesFisher(mu, kappa, validate_args=False)
             for mu, kappa in zip(found.mean_direction.split(BLOCK), found.concentration.split(BLOCK), strict=True)
@@ -252,7 +249,7 @@ def run(config: SyntheticConfig) -> dict[str, Any]:
         config.seed,
         ENCODER,
     )
-    inputs = process.images((CALIBRATION,), step_generator(config.seed, ENCODER, 1))
+    inputs = process.images_alone(CALIBRATION, step_generator(config.seed, ENCODER, 1))
     encoder.to(run.device).calibrate(inputs, config.encoder_kappa_low, config.encoder_kappa_high)
     truth = Truth.of(process, config.eval_rows, step_generator(config.seed, FIXED))
     step = SyntheticStep(encoder, make_criterion(config).to(run.device), process, config, run.launch)
@@ -295,9 +292,14 @@ PRESETS |= {
 }
 PRESETS |= {f"samples-{s}": {"samples": s} for s in (1, 4, 16, 64, 256)}
 PRESETS |= {
-    f"dim-{d}": {"input_dim": d, "latent_dim": d, "encoder_dim": d, "batch_size": 256, "samples": 256, "negatives": 32 if d < 64 else 8}
+    f"dim-{d}": {
+        **dict.fromkeys(("input_dim", "latent_dim", "encoder_dim"), d),
+        "batch_size": 256,
+        "samples": 256,
+        "negatives": 32 if d < 64 else 8,
+    }
     for d in (10, 16, 32, 40, 48, 56, 64, 128)
-}  # fmt: skip
+}
 
 
 def command(arguments: Sequence[str] | None = None) -> None:

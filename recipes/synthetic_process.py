@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..adapters.files import replace_file
 from ..adapters.losses.paper_sampler import paper_rsample
 from ..adapters.store import default_cache_dir
 from ..adapters.training_loop import step_generator
-from ..adapters.vmf import log_normalizer, standard_normal
+from ..adapters.vmf import VonMisesFisher, log_normalizer
 from .encoders import RangedConcentration, VmfEncoder, mlp
 from .running import seeded_module
 
@@ -41,7 +42,8 @@ CALIBRATION = 1000
 """Inputs on which ranges of concentrations are fixed, and the spread of the mean directions is judged."""
 SMOOTHING_STEPS, SMOOTHING_BATCH, SMOOTHING_LR = 5000, 64, 0.01
 TRIES = 50
-CANDIDATES = 1 << 20  # looked at at once
+CANDIDATES = 32
+"""Images looked at at once for a positive."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +104,24 @@ class Process(nn.Module):
         self.encoder = VmfEncoder(mean, RangedConcentration(ambiguity), config.shared)
         self.offset = acceptance_offset(config)
 
-    def images(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """x, uniform on [0, 1]^inputs: [*shape, inputs]."""
-        device = next(self.parameters()).device
-        return torch.rand((*shape, self.config.inputs), generator=generator).to(device)
+    def images(self, numbers: Numbers, rows: Tensor, each: int) -> Tensor:
+        """x, uniform on [0, 1]^inputs: `each` for each row, [R, each, inputs]."""
+        return numbers.uniform(rows, each, self.config.inputs).to(next(self.parameters()).device)
 
-    def latents(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """One latent z, unit length, for each image: [..., inputs] -> [..., d]."""
+    def images_alone(self, rows: int, generator: torch.Generator) -> Tensor:
+        """x [rows, inputs], from one generator."""
+        numbers = Numbers([generator], rows)
+        return self.images(numbers, numbers.rows, 1)[:, 0]
+
+    def latents(self, x: Tensor, numbers: Numbers, rows: Tensor) -> Tensor:
+        """One latent z, unit length, for each image: [R, K, inputs] -> [R, K, d]."""
         posterior = self.encoder(x)
         mu, kappa = posterior.mean_direction, posterior.concentration
+        if self.config.family == "vmf" and self.config.sampler == "paper":
+            return numbers.by_block(rows, lambda part, generator: _paper_samples(mu[part], kappa[part], generator))
+        noise = numbers.normal(rows, *mu.shape[1:]).to(mu)
         if self.config.family == "vmf":
-            if self.config.sampler == "paper":
-                return paper_rsample(posterior, 1, generator)[0]
-            return posterior.sample((), generator)
-        noise = standard_normal(mu.shape, mu, generator)
+            return posterior.from_normal(numbers.normal(rows, *kappa.shape[1:]).to(kappa), noise)
         if self.config.family == "gaussian":
             return functional.normalize(mu + noise * kappa.rsqrt()[..., None], dim=-1)
         tail = torch.special.log_ndtr(-noise.abs()) + math.log(2.0)  # the logarithm of a uniform number
@@ -126,34 +132,62 @@ class Process(nn.Module):
         return torch.sigmoid(self.config.positive * cosine - self.offset)
 
     @torch.no_grad()
-    def draw(self, rows: int, negatives: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x [rows, inputs], a matching one each [rows, inputs], and [rows, negatives, inputs] that do not match (None: 0).
+    def draw(self, numbers: Numbers, negatives: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [R, inputs], a matching one each [R, inputs], and [R, negatives, inputs] that do not match (None: 0).
 
         All are compared with one latent for each row. Exact: candidates are drawn until one of them is taken.
         """
-        x = self.images((rows,), generator)
-        z = self.latents(x, generator)
-        positive = self._fill(z, True, generator)
+        rows = numbers.rows
+        x = self.images(numbers, rows, 1)
+        z = self.latents(x, numbers, rows)[:, 0]
+        positive = self._fill(z, numbers, rows, True)
         if not negatives:
-            return x, positive, None
-        far = self._fill(z.repeat_interleave(negatives, 0), False, generator)
-        return x, positive, far.reshape(rows, negatives, -1)
+            return x[:, 0], positive, None
+        far = self._fill(z.repeat_interleave(negatives, 0), numbers, rows.repeat_interleave(negatives), False)
+        return x[:, 0], positive, far.reshape(len(rows), negatives, -1)
 
-    def _fill(self, z: Tensor, matching: bool, generator: torch.Generator) -> Tensor:
-        """For each latent [N, d] an image [N, inputs] that matches it, or one that does not."""
+    def _fill(self, z: Tensor, numbers: Numbers, rows: Tensor, matching: bool) -> Tensor:
+        """For each latent [N, d], of rows [N], an image [N, inputs] that matches it, or one that does not."""
         taken = z.new_empty(len(z), self.config.inputs)
-        left = torch.arange(len(z), device=z.device)
-        each = 32 if matching else 1  # few images match, nearly all do not
+        left = torch.arange(len(z))
+        each = CANDIDATES if matching else 1  # few images match, nearly all do not
         while len(left):
-            now = left[: max(1, CANDIDATES // each)]
-            x = self.images((len(now), each), generator)
-            chance = self.match_probability((self.latents(x, generator) * z[now, None]).sum(-1))
-            matches = torch.rand(chance.shape, generator=generator).to(chance.device) < chance
-            good = matches == matching
-            found, place = good.max(1)  # the first good one
-            taken[now[found]] = x[found, place[found]]
-            left = torch.cat([now[~found], left[len(now) :]])
+            now, latent = rows[left], z[left.to(z.device), None]
+            x = self.images(numbers, now, each)
+            chance = self.match_probability((self.latents(x, numbers, now) * latent).sum(-1))
+            good = (numbers.uniform(now, each).to(chance) < chance) == matching
+            found, place = (v.cpu() for v in good.max(1))  # the first good one
+            taken[left[found].to(z.device)] = x[found.to(z.device), place[found].to(z.device)]
+            left = left[~found]
         return taken
+
+
+class Numbers:
+    """Random numbers for rows, in equal blocks with a generator each: a block's are the same whatever others are there.
+
+    Attributes: rows, [0, 1, ...] of all blocks.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], block: int) -> None:
+        self.generators, self.block = generators, block
+        self.rows = torch.arange(len(generators) * block)
+
+    def uniform(self, rows: Tensor, *shape: int) -> Tensor:
+        """Numbers [R, *shape] for rows [R] in ascending order; a row may stand there several times."""
+        return self.by_block(rows, lambda part, g: torch.rand((part.stop - part.start, *shape), generator=g))
+
+    def normal(self, rows: Tensor, *shape: int) -> Tensor:
+        return self.by_block(rows, lambda part, g: torch.randn((part.stop - part.start, *shape), generator=g))
+
+    def by_block(self, rows: Tensor, make: Callable[[slice, torch.Generator], Tensor]) -> Tensor:
+        """What `make` gives for the places in `rows` of each block and its generator, one below the other."""
+        ends = torch.bincount(rows // self.block, minlength=len(self.generators)).cumsum(0).tolist()
+        parts = zip([0, *ends], ends, self.generators, strict=False)
+        return torch.cat([make(slice(start, stop), g) for start, stop, g in parts if stop > start])
+
+
+def _paper_samples(mu: Tensor, kappa: Tensor, generator: torch.Generator) -> Tensor:
+    return paper_rsample(VonMisesFisher(mu, kappa, validate_args=False), 1, generator)[0]
 
 
 def acceptance_offset(config: ProcessConfig) -> float:
@@ -181,7 +215,7 @@ def make_process(config: ProcessConfig, cache_dir: Path | None = None, progress:
     for attempt in range(TRIES):
         process = seeded_module(lambda: Process(config), config.seed, attempt)
         _smooth(process, config.seed, attempt, progress)
-        x = process.images((CALIBRATION,), step_generator(config.seed, attempt, 1))
+        x = process.images_alone(CALIBRATION, step_generator(config.seed, attempt, 1))
         with torch.no_grad():
             mu = process.encoder.direction(x)
         if float((mu @ mu.T).min()) <= config.spread:
@@ -199,7 +233,7 @@ def _smooth(process: Process, seed: int, attempt: int, progress: bool) -> None:
     """Train the mean's network so that distances of images and of their means agree, near ones above all."""
     optimizer = torch.optim.Adam(process.encoder.mean.parameters(), lr=SMOOTHING_LR)
     low = torch.tril_indices(SMOOTHING_BATCH, SMOOTHING_BATCH).unbind()
-    x = process.images((SMOOTHING_STEPS, SMOOTHING_BATCH), step_generator(seed, attempt, 0))
+    x = process.images_alone(SMOOTHING_STEPS * SMOOTHING_BATCH, step_generator(seed, attempt, 0)).split(SMOOTHING_BATCH)
     for batch in tqdm(x, desc=f"process, try {attempt + 1}", unit="step", disable=not progress, leave=False):
         mu = process.encoder.direction(batch)
         between = torch.cdist(batch, batch)[low]

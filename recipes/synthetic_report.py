@@ -24,7 +24,7 @@ from ..eval.identifiability import (
 )
 from ..eval.plots import COLOURS, FAINT, INK, page
 from .encoders import VmfEncoder
-from .synthetic_process import Process
+from .synthetic_process import Numbers, Process
 
 ALPHA = 0.05
 PROXY_DRAWS = 100
@@ -44,9 +44,10 @@ class Truth:
     @classmethod
     @torch.no_grad()
     def of(cls, process: Process, rows: int, generator: torch.Generator) -> Truth:
-        x = process.images((rows,), generator)
+        x = process.images_alone(rows, generator)
         posterior = process.encoder(x)
-        latent = process.latents(x, generator)
+        numbers = Numbers([generator], rows)
+        latent = process.latents(x[:, None], numbers, numbers.rows)[:, 0]
         return cls(x, *(v.cpu().numpy() for v in (posterior.mean_direction, posterior.concentration, latent)))
 
     @property
