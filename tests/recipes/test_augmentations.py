@@ -121,9 +121,9 @@ def test_grey_values_are_torchvisions(generator: torch.Generator) -> None:
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(OptionError, match=r"scale=0\.0, 1\.0"):
         Augmentation(scale=(0.0, 1.0))
-    with pytest.raises(OptionError, match="flip=1.5"):
+    with pytest.raises(OptionError, match=r"flip=1\.5"):
         Augmentation(flip=1.5)
-    with pytest.raises(OptionError, match="hue=0.7"):
+    with pytest.raises(OptionError, match=r"hue=0\.7"):
         Augmentation(hue=0.7)
     with pytest.raises(OptionError, match=r"\(4, 8, 8\)"):
         draw(Augmentation(), 2, (4, 8, 8), torch.Generator())
