@@ -104,7 +104,7 @@ def train(
     optimizer = torch.optim.AdamW([p for p in step.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
     each = max(1, len(rows) // batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(epochs * each, warmup))
-    order = _Order(rows, options.seed)
+    order = EpochOrder(rows, options.seed)
 
     def batch(i: int) -> tuple[Tensor, torch.Generator]:
         epoch, place = divmod(i, each)
@@ -129,8 +129,8 @@ def train(
     return TrainResult(history.column("train_loss"), history.column("held_out_loss"), history.best, history.seconds)
 
 
-class _Order:
-    """The rows in the random order of an epoch, drawn once for each."""
+class EpochOrder:
+    """The rows [N] in the random order of an epoch, which depends on (seed, epoch) alone; drawn once for each."""
 
     def __init__(self, rows: np.ndarray, seed: int) -> None:
         self.rows, self.seed, self.epoch = rows, seed, -1

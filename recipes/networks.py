@@ -71,3 +71,24 @@ class SmallConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.linear(self.features(images))
+
+
+class StridedConvNet(nn.Module):
+    """Four convolutions, three of them of stride 2, for many passes on a CPU: images [B, channels, H, W] -> [B, 8 `width`].
+
+    Group normalisation, as in `SmallConvNet`; of width 32 and on 32 px a pass costs a third of its time.
+    """
+
+    def __init__(self, channels: int = 3, width: int = 32) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        shapes = ((channels, 5, 2), (width, 3, 2), (2 * width, 3, 2), (4 * width, 3, 1))
+        for (inputs, kernel, stride), outputs in zip(shapes, (width, 2 * width, 4 * width, 8 * width), strict=True):
+            layers.append(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False))
+            layers += [nn.GroupNorm(8, outputs), nn.ReLU()]
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.size = 8 * width
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images.contiguous(memory_format=torch.channels_last))
