@@ -42,6 +42,11 @@ def linear_r2(representation: Array, latent: Array, *, fitted: Array | None = No
     At most 1. Raises DataError for shapes, numbers that are not finite, constant latents among the scored rows, or fewer
     than E + 2 rows to fit (any map fits them).
     """
+    return float(linear_r2_each(representation, latent, fitted=fitted).mean())
+
+
+def linear_r2_each(representation: Array, latent: Array, *, fitted: Array | None = None) -> np.ndarray:
+    """`linear_r2` of every latent, float64 [D]."""
     h, z = _pair(representation, latent)
     fit = np.ones(len(z), bool) if fitted is None else np.asarray(fitted)
     if fit.dtype != bool or fit.shape != (len(z),):
@@ -55,7 +60,7 @@ def linear_r2(representation: Array, latent: Array, *, fitted: Array | None = No
     _not_constant("latent", z[scored])
     linear, score = require("sklearn.linear_model", "scikit-learn"), require("sklearn.metrics", "scikit-learn")
     model = linear.LinearRegression().fit(h[fit], z[fit])
-    return float(score.r2_score(z[scored], model.predict(h[scored])))
+    return score.r2_score(z[scored], model.predict(h[scored]), multioutput="raw_values")
 
 
 def orthogonal_alignment(source: Array, target: Array) -> np.ndarray:

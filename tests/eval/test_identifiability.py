@@ -20,6 +20,7 @@ from posthoc.eval.identifiability import (
     concentration_agreement,
     cosine_agreement,
     linear_r2,
+    linear_r2_each,
     mean_correlation,
     paper_metrics,
     precision_recovery,
@@ -81,6 +82,8 @@ def test_r2_by_hand(rows: int, width: int, latents: int, seed: int) -> None:
         assert linear_r2(h, z, fitted=fitted) == pytest.approx(wanted, abs=1e-9)
         if fitted is None and latents == 1:
             assert linear_r2(h, z) == pytest.approx(LinearRegression().fit(h, z).score(h, z))
+        each = [linear_r2(h, z[:, [j]], fitted=fitted) for j in range(z.shape[1])]
+        np.testing.assert_allclose(linear_r2_each(h, z, fitted=fitted), each, atol=1e-9)
 
 
 def test_in_sample_r2_flatters_and_the_held_out_half_does_not() -> None:
