@@ -73,7 +73,9 @@ class SyntheticConfig(RecipeConfig):
     samples: int = 128
     """Monte-Carlo samples of the loss for each posterior"""
     negatives: int = 16
-    """for each anchor; 0: the positives of other rows"""
+    """for each anchor of the concentrations' half phases; 0: the positives of other rows"""
+    mean_negatives: int = 0
+    """for each anchor of the means' half phases"""
     hib_scale: float = 1.0
     """a of hib"""
     hib_shift: float = 0.0
@@ -104,10 +106,15 @@ class SyntheticConfig(RecipeConfig):
         for name in ("input_dim", "encoder_hidden", "samples", "steps", "batch_size", "eval_every"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected at least 1")
-        if self.encoder_dim < 2 or self.negatives < 0 or self.phases < 0 or self.encoder_width < 0:
+        if (
+            self.encoder_dim < 2
+            or min(self.negatives, self.mean_negatives) < 0
+            or self.phases < 0
+            or self.encoder_width < 0
+        ):
             raise OptionError(
-                f"--encoder-dim {self.encoder_dim} --negatives {self.negatives} --phases {self.phases} --encoder-width "
-                f"{self.encoder_width} was given; expected 2 or more dimensions, and no negative number"
+                f"--encoder-dim {self.encoder_dim} --negatives {self.negatives} --mean-negatives {self.mean_negatives} --phases "
+                f"{self.phases} --encoder-width {self.encoder_width} was given; expected 2 dimensions or more, and no negative one"
             )
         if self.eval_rows < 2 * self.latent_dim + 4:
             raise OptionError(f"--eval-rows {self.eval_rows} was given; expected {2 * self.latent_dim + 4} or more")
@@ -192,14 +199,13 @@ class Stage:
 
 
 def stages(config: SyntheticConfig) -> list[Stage]:
-    """The half phases: means against other rows' positives (but in 2 dimensions), then concentrations; or both at once."""
+    """The half phases: means, then concentrations; or both at once."""
     if not config.phases:
         return [Stage("joint", ("mean", "concentration"), 2 * config.steps, 0, config.negatives)]
-    rolled = 0 if config.latent_dim > 2 else config.negatives
     found = []
     for phase in range(config.phases):
         before = 2 * phase * config.steps
-        found.append(Stage(f"phase-{phase + 1}-mean", ("mean",), config.steps, before, rolled))
+        found.append(Stage(f"phase-{phase + 1}-mean", ("mean",), config.steps, before, config.mean_negatives))
         found.append(
             Stage(f"phase-{phase + 1}-kappa", ("concentration",), config.steps, before + config.steps, config.negatives)
         )
@@ -279,7 +285,7 @@ PRESETS: dict[str, Preset] = {
     "injective": {"kappa_low": math.inf, "kappa_high": math.inf},
     "elk": {"loss": "elk", "phases": 0, "negatives": 1},
     "hib": {"loss": "hib", "phases": 0, "negatives": 0},
-    "2d": {"input_dim": 2, "latent_dim": 2, "encoder_dim": 2, "negatives": 1, "steps": 4096},
+    "2d": {"input_dim": 2, "latent_dim": 2, "encoder_dim": 2, "negatives": 1, "mean_negatives": 1, "steps": 4096},
     "gaussian": {"family": "gaussian"},
     "laplace": {"family": "laplace"},
     "shared-backbone": {"shared_backbone": True},

@@ -1,0 +1,121 @@
+"""The tables of the controlled experiment in docs/recipes.md: losses over seeds, and the exact against the paper's sampler.
+
+    python benchmarks/synthetic.py losses samplers variants --output runs/synthetic --jobs 2
+
+Runs that are there already are read, not repeated; `--jobs` of them go at a time, with one thread each. Writes table.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from tyro.conf import Positional
+
+from posthoc.adapters.files import replace_file
+
+COLUMNS = {
+    "cosines_spearman": "cosines, rank corr.",
+    "kappa_spearman": "kappa, rank corr.",
+    "proxy_spearman": "paper's proxy, rank corr.",
+    "kappa_ratio": "kappa / true, median",
+    "coverage": "coverage of 95 % caps",
+}
+SEEDS, SAMPLER_SEEDS = (4, 5, 6, 7, 8), (4, 5, 6)
+Case = tuple[str, tuple[str, ...], tuple[int, ...]]
+"""Name of a row, words of the command line, seeds."""
+PARTS: dict[str, tuple[Case, ...]] = {
+    "losses": (
+        ("MCInfoNCE", (), SEEDS),
+        ("ELK", ("--loss", "elk"), SEEDS),
+        ("HIB", ("--loss", "hib"), SEEDS),
+    ),
+    "samplers": tuple(
+        (f"d = {d}, {sampler}", ("--preset", "default", f"dim-{d}", "small-batch", "--sampler", sampler), SAMPLER_SEEDS)
+        for d in (10, 16, 32)
+        for sampler in ("exact", "paper")
+    ),
+    "variants": tuple(
+        (name, ("--preset", "default", name), (4,))
+        for name in ("clear", "injective", "2d", "gaussian", "laplace", "shared-backbone", "encoder-4", "encoder-16")
+    ),
+}
+
+
+@dataclass
+class Options:
+    """Which parts, where to, and how many runs at a time."""
+
+    parts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="PART")] = tuple(PARTS)
+    """losses, samplers, variants"""
+    output: Path = Path("runs/synthetic")
+    """folder of the runs and of table.md"""
+    jobs: int = 2
+    """runs at a time, one thread each"""
+    words: tuple[str, ...] = field(default_factory=tuple)
+    """more words for every run, such as --steps 100"""
+
+
+def carried_out(folder: Path, words: tuple[str, ...], seed: int) -> dict[str, Any]:
+    """results.json of a run, which is made unless it is there; an unfinished one goes on."""
+    found = folder / "results.json"
+    if not found.exists():
+        command = [
+            sys.executable,
+            "-m",
+            "posthoc.recipes.synthetic",
+            *words,
+            "--seed",
+            str(seed),
+            "--output",
+            str(folder),
+        ]
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        subprocess.run([*command, *resume], check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"})
+    return json.loads(found.read_text())
+
+
+def row(name: str, runs: list[dict[str, Any]]) -> str:
+    cells = [name]
+    for column in COLUMNS:
+        values = [run["figures"][column] for run in runs if column in run["figures"]]
+        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.3f}{spread}" if values else "-")
+    seconds = np.mean([sum(run["training_seconds"].values()) for run in runs])
+    return "| " + " | ".join([*cells, f"{len(runs)}", f"{seconds:.0f} s"]) + " |"
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    head = ["", *COLUMNS.values(), "seeds", "training, each"]
+    lines = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for part in options.parts:
+            waiting = {
+                name: [
+                    pool.submit(
+                        carried_out,
+                        options.output / f"{part}-{name}-{seed}".replace(" ", ""),
+                        (*words, *options.words),
+                        seed,
+                    )
+                    for seed in seeds
+                ]
+                for name, words, seeds in PARTS[part]
+            }
+            lines += [f"### {part}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+            lines += [row(name, [one.result() for one in runs]) for name, runs in waiting.items()] + [""]
+    replace_file(options.output / "table.md", "\n".join(lines).encode())
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

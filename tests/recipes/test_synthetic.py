@@ -1,0 +1,262 @@
+"""The controlled experiment as a recipe: what it trains when, what it measures, launches, kills and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from posthoc.adapters.distributed import Launch
+from posthoc.adapters.errors import OptionError
+from posthoc.recipes import running, synthetic, synthetic_process
+from posthoc.recipes.encoders import paper_encoder
+from posthoc.recipes.synthetic import PRESETS, SyntheticConfig, SyntheticStep, make_criterion, stages
+from posthoc.recipes.synthetic_process import Process, make_process
+from posthoc.recipes.synthetic_report import Truth, cap_coverage, final_figures, round_figures
+
+from .recipe_children import kill_at_checkpoint, metrics, results
+
+TINY = {
+    "input_dim": 3, "latent_dim": 3, "encoder_dim": 3, "encoder_width": 12, "encoder_hidden": 1, "batch_size": 128,
+    "samples": 8, "negatives": 2, "eval_every": 5, "eval_rows": 60, "steps": 10, "lr": 3e-3, "spread": 1.0,
+}  # fmt: skip
+NO_AMBIGUITY = {"kappa_low": math.inf, "kappa_high": math.inf}
+CIRCLE = {"input_dim": 2, "latent_dim": 2, "encoder_dim": 2, "sampler": "paper"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Processes of the tiny experiments, seeds 0 and 3, with little smoothing: children find them there."""
+    folder = tmp_path_factory.mktemp("processes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic_process, "SMOOTHING_STEPS", 300)
+        for options in ({}, {"seed": 3}, NO_AMBIGUITY, CIRCLE):
+            config = SyntheticConfig(**{**TINY, **options})  # type: ignore[arg-type]
+            make_process(config.process(), folder, progress=False)
+    return folder
+
+
+def words(**options: object) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def unbuilt(config: SyntheticConfig) -> Process:
+    """A process with random weights, not conditioned."""
+    process = running.seeded_module(lambda: Process(config.process()), 0)
+    process.encoder.calibrate(torch.rand(200, config.input_dim, generator=torch.Generator().manual_seed(0)), 16.0, 32.0)
+    return process.requires_grad_(False)
+
+
+def step_of(config: SyntheticConfig, launch: Launch) -> SyntheticStep:
+    encoder = running.seeded_module(lambda: paper_encoder(config.input_dim, config.encoder_dim, 12, 1), 1)
+    encoder.calibrate(torch.rand(200, config.input_dim, generator=torch.Generator().manual_seed(1)), 16.0, 32.0)
+    return SyntheticStep(encoder, make_criterion(config), unbuilt(config), config, launch)
+
+
+@pytest.mark.parametrize("loss", ["mcinfonce", "elk", "hib"])
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_the_shares_of_two_processes_are_the_batch_of_one(loss: str, negatives: int) -> None:
+    config = SyntheticConfig(loss=loss, **{**TINY, "batch_size": 256})  # type: ignore[arg-type]
+    whole = step_of(config, Launch(0, 1))
+    total = whole(0, 3, negatives)
+    total.backward()
+    halves = [step_of(config, Launch(rank, 2)) for rank in (0, 1)]
+    losses = [half(0, 3, negatives) for half in halves]
+    values = [float(loss.detach()) for loss in (*losses, total)]
+    assert values[0] != values[1]
+    assert (values[0] + values[1]) / 2 == pytest.approx(values[2], rel=1e-5)
+    for half_loss in losses:
+        half_loss.backward()
+    parameters = zip(whole.parameters(), *(half.parameters() for half in halves), strict=True)
+    for one, *others in parameters:
+        torch.testing.assert_close(one.grad, sum(other.grad for other in others) / 2, rtol=2e-4, atol=1e-6)
+
+
+def test_steps_draw_other_batches_and_the_same_ones_again() -> None:
+    config = SyntheticConfig(**TINY)  # type: ignore[arg-type]
+    step = step_of(config, Launch(0, 1))
+    values = [float(step(*place).detach()) for place in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 0))]
+    assert values[0] == values[3]
+    assert len(set(values)) == 3
+
+
+def test_a_batch_that_cannot_be_shared() -> None:
+    with pytest.raises(OptionError, match="multiple of 256"):
+        step_of(SyntheticConfig(**TINY), Launch(0, 4))  # type: ignore[arg-type]
+
+
+def test_the_papers_half_phases() -> None:
+    config = SyntheticConfig(phases=2, steps=100, lr=1e-4, negatives=16)
+    found = stages(config)
+    assert [(s.name, s.trained, s.negatives) for s in found] == [
+        ("phase-1-mean", ("mean",), 0), ("phase-1-kappa", ("concentration",), 16),
+        ("phase-2-mean", ("mean",), 0), ("phase-2-kappa", ("concentration",), 16),
+    ]  # fmt: skip
+    rates = []
+    for stage in found:
+        optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
+        schedule = synthetic._schedule(config, stage, optimizer)
+        for _ in range(stage.steps):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+    at = [rates[i] for i in (0, 49, 50, 100, 150, 200, 300)]
+    root = 0.5**0.5
+    assert at == pytest.approx([1e-4 * f for f in (1, 1, 0.5, root, root / 2, 0.5, root / 2)])
+    assert (
+        stages(SyntheticConfig(latent_dim=2, negatives=1))[0].negatives == 1
+    )  # in 2 dimensions the means see them too
+    (joint,) = stages(SyntheticConfig(phases=0, steps=7))
+    assert (joint.trained, joint.steps) == (("mean", "concentration"), 14)
+
+
+class Turned(torch.nn.Module):
+    """An encoder that knows the truth, in a frame of its own."""
+
+    def __init__(self, process: Process, factor: float) -> None:
+        super().__init__()
+        self.process, self.factor = process, factor
+        dim = process.config.dim
+        generator = torch.Generator().manual_seed(5)
+        self.turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
+
+    def forward(self, x: torch.Tensor) -> torch.distributions.Distribution:
+        found = self.process.encoder(x)
+        return type(found)(found.mean_direction @ self.turn, found.concentration * self.factor)
+
+
+def test_figures_of_an_encoder_that_knows_the_truth() -> None:
+    config = SyntheticConfig(**{**TINY, "eval_rows": 1000})  # type: ignore[arg-type]
+    process = unbuilt(config)
+    truth = Truth.of(process, 1500, torch.Generator().manual_seed(0))
+    right = final_figures(Turned(process, 1.0), truth, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    assert right["cosines_spearman"] == pytest.approx(1.0, abs=1e-4)
+    assert right["kappa_spearman"] == pytest.approx(1.0)
+    assert right["kappa_mae"] == pytest.approx(0.0, abs=1e-4)
+    assert right["kappa_ratio"] == pytest.approx(1.0)
+    assert right["proxy_spearman"] < 0.95  # the noise of 100 samples
+    assert right["coverage"] == pytest.approx(0.95, abs=0.04)  # 750 images: five standard errors
+    sure = final_figures(Turned(process, 4.0), truth, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    # half the width: the cap of 95 % of kappa 4 k holds the share of k that lies within half the angle
+    assert sure["coverage"] == pytest.approx(1 - 0.05**0.25, abs=0.04)
+
+
+def test_coverage_is_judged_on_images_the_turn_was_not_fitted_on() -> None:
+    process = unbuilt(SyntheticConfig(**TINY))  # type: ignore[arg-type]
+    truth = Truth.of(process, 40, torch.Generator().manual_seed(0))
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(40, 3)).astype(np.float32)
+    nonsense = noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    assert cap_coverage(nonsense, np.full(40, 50.0, np.float32), truth) < 0.6
+
+
+def test_without_ambiguity_only_directions_are_judged(cache: Path, tmp_path: Path) -> None:
+    options = {**TINY, **NO_AMBIGUITY, "steps": 5}
+    found = synthetic.run(SyntheticConfig(output=tmp_path / "a", cache_dir=cache, **options))  # type: ignore[arg-type]
+    assert not [name for name in found if name.startswith(("kappa", "proxy"))]
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "config.json", "results.json", "learning.png", "phase-1-mean", "phase-1-kappa",
+    }  # fmt: skip
+
+
+def test_on_the_circle_posteriors_are_drawn(cache: Path, tmp_path: Path) -> None:
+    options = {**TINY, **CIRCLE, "steps": 5}
+    found = synthetic.run(SyntheticConfig(output=tmp_path / "a", cache_dir=cache, **options))  # type: ignore[arg-type]
+    assert (tmp_path / "a" / "posteriors.png").stat().st_size > 5000
+    assert 0.0 <= found["coverage"] <= 1.0
+
+
+def test_every_preset_is_a_config() -> None:
+    for name in PRESETS:
+        config = running.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", "paper", name, "--seed", "4"])
+        assert config.seed == 4
+        for option, value in PRESETS[name].items():
+            assert getattr(config, option) == value
+    both = running.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", "smoke", "2d", "--steps", "3"])
+    assert (both.latent_dim, both.steps, both.samples) == (2, 3, PRESETS["smoke"]["samples"])
+
+
+def test_two_gloo_processes_are_one(cache: Path, tmp_path: Path) -> None:
+    options = words(**TINY, cache_dir=cache, seed=3)
+    one = results("synthetic", [*options, "--output", "one"], tmp_path)
+    two = results("synthetic", [*options, "--output", "two"], tmp_path, processes=2)
+    assert one["figures"] == pytest.approx(two["figures"], rel=1e-3)
+    lines = [metrics(tmp_path / name) for name in ("one", "two")]
+    assert lines[0].keys() == lines[1].keys() == {"phase-1-mean", "phase-1-kappa"}
+    for name in lines[0]:
+        losses = [[json.loads(line)["train_loss"] for line in each[name].splitlines()] for each in lines]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(cache: Path, tmp_path: Path) -> None:
+    options = words(**{**TINY, "steps": 60}, cache_dir=cache, seed=3)
+    whole = results("synthetic", [*options, "--output", "whole"], tmp_path)
+    broken = [*options, "--output", "broken"]
+    kill_at_checkpoint("synthetic", broken, tmp_path, "phase-1-kappa/checkpoint.pt")
+    with pytest.raises(SystemExit):
+        synthetic.command([*options, "--output", str(tmp_path / "broken")])  # it does not go on unasked
+    resumed = results("synthetic", [*broken, "--resume"], tmp_path)
+    assert resumed["figures"] == whole["figures"]
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--preset", "smok"], "did you mean 'smoke'"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--steps", "0"], "--steps 0"),
+        (["--encoder-kappa-low", "40"], "low <= high"),
+        (["--eval-rows", "10"], "24 or more"),
+        (["--batch-size", "100"], "multiple of 64"),
+        (["--kappa-low", "0"], "lowest <= highest"),
+        (["--lr", "0"], "positive lr"),
+    ],
+)
+def test_bad_input_is_one_line(given: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        synthetic.command([*given, "--output", str(tmp_path / "run"), "--cache-dir", str(tmp_path)])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not list(tmp_path.glob("*.safetensors"))  # nothing was built
+
+
+def test_a_run_with_other_options_is_not_continued(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    synthetic.command([*words(**{**TINY, "steps": 5}), "--output", str(tmp_path / "a"), "--cache-dir", str(cache)])
+    with pytest.raises(SystemExit):
+        synthetic.command([*words(**TINY), "--output", str(tmp_path / "a"), "--resume"])
+    assert "steps is 5 there and 10 here" in capsys.readouterr().err
+
+
+def test_running_out_of_memory_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: SyntheticConfig) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    with pytest.raises(SystemExit):
+        running.main("synthetic", SyntheticConfig, PRESETS, run, None, "--batch-size", [])
+    assert "give a smaller --batch-size" in capsys.readouterr().err
+
+
+def test_smoke_learns(cache: Path, tmp_path: Path) -> None:
+    config = running.parse(
+        "synthetic", SyntheticConfig, PRESETS, None, ["--preset", "smoke", *words(**{**TINY, "steps": 60})]
+    )
+    config.output, config.cache_dir = tmp_path / "a", cache
+    assert synthetic.run(config)["cosines_spearman"] > 0.5
+    config.output, config.steps, config.lr = tmp_path / "b", 1, 1e-9
+    with pytest.raises(running.PosthocError, match="nothing was learnt"):
+        synthetic.run(config)
+
+
+def test_round_figures_are_those_of_the_library() -> None:
+    process = unbuilt(SyntheticConfig(**TINY))  # type: ignore[arg-type]
+    truth = Truth.of(process, 30, torch.Generator().manual_seed(0))
+    found = round_figures(Turned(process, 2.0), truth)  # type: ignore[arg-type]
+    assert found["kappa_mae"] == pytest.approx(float(truth.kappa.mean()), rel=1e-5)
