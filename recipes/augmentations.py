@@ -11,7 +11,7 @@ of torchvision's functions on one image, and the numbers are distributed as thos
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -141,7 +141,7 @@ def augment(images: Tensor, done: Parameters, size: tuple[int, int] | None = Non
     if tuple(images.shape) != (len(done), *done.shape):
         raise OptionError(f"parameters of {len(done)} images {done.shape} were given, and images {tuple(images.shape)}")
     views = _crop(images, done, size or (images.shape[2], images.shape[3]))
-    changed = [(BRIGHTNESS, _brightness), (CONTRAST, _contrast)]
+    changed: list[tuple[int, Callable[[Tensor, Tensor], Tensor]]] = [(BRIGHTNESS, _brightness), (CONTRAST, _contrast)]
     if done.shape[0] == 3:
         changed += [(SATURATION, _saturation), (HUE, _hue)]
     for place in range(4):

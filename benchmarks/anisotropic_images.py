@@ -1,0 +1,109 @@
+"""InfoNCE against AnInfoNCE on images: readouts of class and augmentation, mean and spread over seeds.
+
+    python benchmarks/anisotropic_images.py --data DATA --output outputs/anisotropic_images
+
+DATA is where `shared/data/get_data.py` has put CIFAR-10, and where cifar10_resnet20.safetensors lies (or give --weights). A
+run that is there is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VARIANTS: dict[str, list[str]] = {
+    "InfoNCE": ["--preset", "infonce"],
+    "AnInfoNCE": ["--preset", "aninfonce"],
+    "post-hoc InfoNCE": ["--preset", "post-hoc", "infonce"],
+    "post-hoc AnInfoNCE": ["--preset", "post-hoc", "aninfonce"],
+}
+"""Runs by name; what they have in common stands once in a table."""
+
+
+def folder_of(output: Path, name: str, seed: int) -> Path:
+    return output / f"{name.replace(' ', '-').lower()}-{seed}"
+
+
+def run(words: list[str], folder: Path) -> dict[str, Any]:
+    """results.json of a run, which is begun or continued where it is not there."""
+    done = folder / "results.json"
+    if not done.exists():
+        again = ["--resume"] if (folder / "config.json").exists() else []
+        command = [sys.executable, "-m", "posthoc.recipes.anisotropic_images", *words, *again]
+        subprocess.run([*command, "--output", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    return json.loads(done.read_text())
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    numbers = np.array(list(values))
+    return f"{numbers.mean():.1f}" + (f" ± {numbers.std(ddof=1):.1f}" if len(numbers) > 1 else "")
+
+
+def table(found: dict[str, list[dict[str, Any]]], names: list[str]) -> list[str]:
+    """Representations of some variants down, readouts across."""
+    columns = list(found[names[0]][0]["readouts"]["projection"])
+    lines = ["| loss | read from | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    shared: set[str] = set()
+    for name in names:
+        runs = found[name]
+        for level in runs[0]["readouts"]:
+            rows = [one["readouts"][level] for one in runs]
+            common = level.startswith("untrained") or (level == "backbone" and name.startswith("post-hoc"))
+            if common and level in shared:
+                continue
+            shared.update({level} if common else ())
+            loss = "none" if common else name.removeprefix("post-hoc ")
+            cells = " | ".join(spread(row[column] for row in rows) for column in columns)
+            lines.append(f"| {loss} | {level} | {cells} |")
+    return lines
+
+
+def gains(found: dict[str, list[dict[str, Any]]], one: str, other: str) -> str:
+    """Differences of `other` to `one` with the same seed."""
+    lines = []
+    for level in ("backbone", "projection"):
+        pairs = [(a["readouts"][level], b["readouts"][level]) for a, b in zip(found[one], found[other], strict=True)]
+        if all(a == b for a, b in pairs):
+            continue
+        both = (f"{kind} {spread(b[kind] - a[kind] for a, b in pairs)}" for kind in ("class", "augmentation"))
+        lines.append(f"{level}: {', '.join(both)}")
+    return f"{other} less {one}, same seed: " + "; ".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10 and of ResNet-20's weights")
+    parser.add_argument("--weights", type=Path, help="ResNet-20's weights, if they lie elsewhere")
+    parser.add_argument("--output", type=Path, default=Path("outputs/anisotropic_images"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    arguments = parser.parse_args()
+    common = ["--data-dir", str(arguments.data)]
+    common += ["--weights", str(arguments.weights)] if arguments.weights else []
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in arguments.only:
+        found[name] = [
+            run([*VARIANTS[name], *common, "--seed", str(seed)], folder_of(arguments.output, name, seed))
+            for seed in arguments.seeds
+        ]
+    for kind, chosen in (("Trained here", False), ("Projection of frozen features", True)):
+        names = [name for name in found if name.startswith("post-hoc") == chosen]
+        if not names:
+            continue
+        seconds = spread(one["made"]["seconds"] / 60 for name in names for one in found[name])
+        print(f"{kind}, {len(arguments.seeds)} seeds, {seconds} minutes a run:\n")
+        print("\n".join(table(found, names)) + "\n")
+        if len(names) == 2:
+            print(gains(found, *names) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""AnInfoNCE on images: scikit-learn's digits stand for FashionMNIST, and a random network for the frozen one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from posthoc.adapters.distributed import Launch
+from posthoc.adapters.errors import DataError, OptionError
+from posthoc.recipes import anisotropic, anisotropic_images
+from posthoc.recipes.anisotropic_images import PRESETS, ImagesConfig
+from posthoc.recipes.anisotropic_readout import Judged, readout, table
+from posthoc.recipes.anisotropic_views import (
+    BLOCK,
+    CHUNK,
+    Images,
+    feature_batches,
+    image_batches,
+    image_part,
+    load_images,
+)
+from posthoc.recipes.augmentations import Augmentation, augment, draw
+from posthoc.recipes.digits import load_digits
+from posthoc.recipes.networks import CifarResNet, StridedConvNet
+from posthoc.recipes.running import seeded
+
+from .recipe_children import kill_at_checkpoint, metrics, results
+
+CPU, ALONE = torch.device("cpu"), Launch(0, 1)
+SMALL = [
+    "--dataset",
+    "fashion-mnist",
+    "--data-dir",
+    "data",
+    "--width",
+    "8",
+    "--read-images",
+    "360",
+    "--temperature",
+    "0.2",
+]
+SMALL += ["--batch-size", "64", "--dim", "16", "--smallest-crop", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,400 digits of 16 x 16 px and 397 others, in the layout of FashionMNIST."""
+    place = tmp_path_factory.mktemp("images")
+    raw = place / "data" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    digits = load_digits(known=10)
+    pixels = np.stack([np.asarray(one) for one in digits.images]).repeat(2, 1).repeat(2, 2)
+    order = np.random.default_rng(0).permutation(len(pixels))
+    for name, rows in (("train", order[:1400]), ("t10k", order[1400:])):
+        for kind, array in (("images-idx3", pixels[rows]), ("labels-idx1", digits.label[rows].astype(np.uint8))):
+            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (raw / f"{name}-{kind}-ubyte").write_bytes(head + array.tobytes())
+    return place
+
+
+def in_place(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    anisotropic_images.main(words)
+    return json.loads((folder / words[words.index("--output") + 1] / "results.json").read_text())
+
+
+def test_it_learns_what_untrained_networks_do_not_know(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*SMALL, "--steps", "200", "--every", "50", "--lr", "5e-3", "--output", "learns", "--expect", "0.9"]
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    anisotropic.main(["--preset", "images", *words])  # by way of the other recipe
+    found = json.loads((folder / "learns" / "results.json").read_text())
+    read = found["readouts"]
+    assert list(read) == ["untrained backbone", "untrained projection", "backbone", "projection"]
+    assert read["backbone"]["class"] > read["untrained backbone"]["class"] + 3
+    assert read["projection"]["class"] > read["untrained projection"]["class"] + 10
+    parameters = {"x", "y", "scale", "ratio", "flip", "brightness", "contrast"}  # of grey images
+    for row in read.values():
+        assert set(row) == {"class", "augmentation", *parameters}
+        assert row["augmentation"] == pytest.approx(np.mean([row[name] for name in parameters]))
+    records = [json.loads(line) for line in (folder / "learns" / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [50, 100, 150, 200]
+    assert found["held_out_loss"] == records[-1]["held_out_loss"] < records[0]["held_out_loss"]
+    assert found["share_of_collapse"] == pytest.approx(found["held_out_loss"] / math.log(1999))
+    assert found["precision"] == sorted(found["precision"])
+    assert found["precision"][-1] > found["precision"][0] > 0
+    assert {path.name for path in (folder / "learns").iterdir()} >= {"readouts.png", "training.png", "config.json"}
+
+
+def test_infonce_has_one_precision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*SMALL, "--preset", "infonce", "--steps", "4", "--every", "2"]
+    fixed = in_place([*words, "--output", "fixed"], folder, monkeypatch)
+    assert fixed["precision"] == pytest.approx([5.0] * 16)
+    learned = in_place([*words, "--learn-temperature", "--output", "learned"], folder, monkeypatch)
+    assert len(set(learned["precision"])) == 1
+    assert learned["precision"][0] != pytest.approx(5.0, abs=0.1)
+
+
+def test_a_killed_run_goes_on_to_the_same_result(folder: Path) -> None:
+    words = [*SMALL, "--steps", "12", "--every", "3", "--output"]
+    whole = results("anisotropic_images", [*words, "whole"], folder)
+    kill_at_checkpoint("anisotropic_images", [*words, "killed"], folder, "train/checkpoint.pt")
+    resumed = results("anisotropic_images", [*words, "killed", "--resume"], folder)
+    assert metrics(folder / "killed") == metrics(folder / "whole")
+    for name in ("readouts", "precision", "held_out_loss"):
+        assert resumed[name] == whole[name]
+
+
+def test_two_processes_are_one(folder: Path) -> None:
+    words = [*SMALL, "--steps", "6", "--every", "2", "--output"]
+    one, two = (results("anisotropic_images", [*words, f"of-{n}"], folder, n) for n in (1, 2))
+    lines = [(folder / f"of-{n}" / "train" / "metrics.jsonl").read_text().splitlines() for n in (1, 2)]
+    for a, b in zip(*lines, strict=True):
+        assert json.loads(a) == pytest.approx(json.loads(b), rel=2e-5)
+    assert two["precision"] == pytest.approx(one["precision"], rel=1e-4)
+    assert two["readouts"]["backbone"] == pytest.approx(one["readouts"]["backbone"], abs=1.0)
+
+
+def test_a_frozen_network_sees_every_view_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {f"x_{k}": rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for k, n in (("train", 290), ("test", 90))}
+    labels = {f"y_{k}": (np.arange(n) % 10).astype(np.uint8) for k, n in (("train", 290), ("test", 90))}
+    for k in ("train", "test"):  # a class is a brightness, so that it can be read
+        arrays[f"x_{k}"] //= (1 + labels[f"y_{k}"] % 5)[:, None, None, None]
+    np.savez(folder / "data" / "cifar10.npz", **arrays, **labels)
+    with seeded(0):
+        save_file(CifarResNet(20).state_dict(), folder / "data" / "cifar10_resnet20.safetensors")
+    monkeypatch.setattr(anisotropic_images, "HELD_OUT", 150)
+    passes: list[int] = []
+    forward = CifarResNet.forward
+    monkeypatch.setattr(CifarResNet, "forward", lambda self, x: (passes.append(len(x)), forward(self, x))[1])
+    words = [
+        "--preset",
+        "post-hoc",
+        "--train-images",
+        "290",
+        "--data-dir",
+        "data",
+        "--cache-dir",
+        "store",
+        "--steps",
+        "6",
+        "--every",
+        "3",
+    ]
+    words += ["--batch-size", "32", "--views", "2", "--read-images", "100", "--dim", "8"]
+    found = in_place([*words, "--output", "frozen"], folder, monkeypatch)
+    assert list(found["readouts"]) == ["untrained projection", "backbone", "projection"]
+    seen = sum(passes)
+    once = 2 * 150 + 2 * 140 + 2 * 100 + 2 * 90  # two views of each image, or one and the image as it is
+    assert once <= seen < once + 20
+    passes.clear()
+    other = in_place([*words, "--loss", "infonce", "--seed", "3", "--output", "other"], folder, monkeypatch)
+    assert sum(passes) < 20  # those that look at the network's shape
+    assert other["readouts"]["backbone"]["augmentation"] == found["readouts"]["backbone"]["augmentation"]
+
+
+def test_batches_are_those_of_the_global_rows() -> None:
+    pixels = torch.randint(0, 256, (200, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    images, how = Images(pixels, np.zeros(200, np.int64)), Augmentation()
+    whole = image_batches(images, how, 4 * BLOCK, 5, ALONE, CPU)
+    shares = [image_batches(images, how, 4 * BLOCK, 5, Launch(rank, 2), CPU) for rank in (0, 1)]
+    features = torch.arange(200 * 3).float().view(200, 3, 1)
+    stored = feature_batches(features, 4 * BLOCK, 5, ALONE)
+    for step in (0, 1, 7):
+        first, second = whole(step)
+        assert not torch.equal(first, second)
+        parts = [share(step) for share in shares]
+        assert torch.equal(torch.cat([part[0] for part in parts]), first)
+        assert torch.equal(torch.cat([part[1] for part in parts]), second)
+        a, b = (x[:, 0].long() for x in stored(step))
+        assert torch.equal(a // 3, b // 3)  # the same images
+        assert (a != b).all()  # by two of their views
+        assert len((a // 3).unique()) == 4 * BLOCK
+    assert not torch.equal(whole(0)[0], whole(1)[0])
+    with pytest.raises(OptionError, match="100 rows in blocks of 32"):
+        image_batches(images, how, 100, 0, ALONE, CPU)
+    with pytest.raises(OptionError, match="a batch of 256 rows was asked for and there are 200 images"):
+        image_batches(images, how, 256, 0, ALONE, CPU)
+
+
+def test_a_part_knows_what_was_done_to_its_views(folder: Path) -> None:
+    images = load_images("fashion-mnist", "train", folder / "data").first(CHUNK + 60)
+    part = image_part(images, Augmentation(), 3, 1, CPU)
+    views, again = (torch.cat(list(part.view())) for _ in range(2))
+    assert torch.equal(views, again)
+    assert torch.equal(torch.cat(list(part.plain())), images.pixels / 255)
+    flipped = part.parameters["flip"].bool()
+    assert 0.4 < flipped.double().mean() < 0.6
+    assert all(len(column) == CHUNK + 60 for column in part.parameters.values())
+    other = image_part(images, Augmentation(), 3, 2, CPU)
+    assert not torch.equal(other.parameters["x"], part.parameters["x"])
+    # a view of a bright image by its own parameters: the first chunk's come first
+    white = Images(torch.full_like(images.pixels, 100), images.label)
+    shown = torch.cat(list(image_part(white, Augmentation(), 3, 1, CPU).view()))
+    factor = part.parameters["brightness"].float()
+    torch.testing.assert_close(shown.mean((1, 2, 3)), (factor * 100 / 255).clamp(max=1.0), atol=1e-4, rtol=0)
+
+
+def test_readouts_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    parts = []
+    for rows in (600, 400):
+        label, x, noise = rng.integers(0, 3, rows), rng.normal(size=rows), rng.normal(size=(rows, 2))
+        plain = np.c_[np.eye(3)[label], noise].astype(np.float32)
+        view = np.c_[2 * x, rng.normal(size=(rows, 4))].astype(np.float32)
+        parameters = {"x": torch.from_numpy(x), "y": torch.from_numpy(rng.normal(size=rows))}
+        parts.append(Judged(plain, view, label, parameters))
+    found = readout(*parts, seed=0)
+    assert found["class"] == 100
+    assert found["x"] == pytest.approx(100)
+    assert -10 < found["y"] < 2
+    assert found["augmentation"] == pytest.approx((found["x"] + found["y"]) / 2)
+    assert table({"a": found}).splitlines()[0] == "| representation | class | augmentation | x | y |"
+    assert table({"a": found}).splitlines()[2].startswith("| a | 100.0 | ")
+
+
+def test_the_strided_network(generator: torch.Generator) -> None:
+    network = StridedConvNet(1, 8)
+    images = torch.rand(3, 1, 28, 28, generator=generator)
+    assert network(images).shape == (3, network.size) == (3, 64)
+    torch.testing.assert_close(network(images)[1:2], network(images[1:2]))  # no statistics of the batch
+    with torch.no_grad():
+        colours = draw(Augmentation(), 3, (1, 28, 28), generator)
+        assert torch.isfinite(network(augment(images, colours))).all()
+
+
+def test_what_cannot_work_is_said_before_it_is_tried(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    for wrong, said in (
+        ({"steps": 0}, "--steps 0"),
+        ({"temperature": 0.0}, r"--temperature 0\.0"),
+        ({"encoder": "frozen", "dataset": "fashion-mnist"}, "expected cifar10"),
+        ({"encoder": "frozen", "views": 1}, "two views or more"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            ImagesConfig(**wrong)
+
+    def refused(words: list[str]) -> str:
+        with pytest.raises(SystemExit) as exit:
+            anisotropic_images.main(words)
+        assert exit.value.code == 2
+        return capsys.readouterr().err
+
+    assert "'smoke'" in refused(["--preset", "smokes"])
+    assert "the training images of cifar10 are not in nowhere" in refused(["--data-dir", "nowhere", "--output", "a"])
+    few = refused([*SMALL, "--train-images", "1100", "--output", "b"])
+    assert "1100 training images are there; expected 1000 to hold out and 360 more" in few
+    worse = [*SMALL, "--steps", "1", "--every", "1", "--expect", "0.1", "--output", "c"]
+    assert "the held-out loss is" in refused(worse)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_options(name: str) -> None:
+    ImagesConfig(**PRESETS[name])
+
+
+def test_a_missing_network_is_named(tmp_path: Path) -> None:
+    config = ImagesConfig(encoder="frozen", data_dir=tmp_path)
+    with pytest.raises(DataError, match=r"cifar10_resnet20\.safetensors is not there.*--weights"):
+        anisotropic_images.resnet20(config, CPU)
