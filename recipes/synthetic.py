@@ -76,6 +76,8 @@ class SyntheticConfig(RecipeConfig):
     """for each anchor of the concentrations' half phases; 0: the positives of other rows"""
     mean_negatives: int = 0
     """for each anchor of the means' half phases"""
+    negative_weight: float | None = None
+    """of each negative in mcinfonce; 1 is least at the truth, None (1 over their number, the paper's) with one negative only"""
     hib_scale: float = 1.0
     """a of hib"""
     hib_shift: float = 0.0
@@ -114,7 +116,7 @@ class SyntheticConfig(RecipeConfig):
         ):
             raise OptionError(
                 f"--encoder-dim {self.encoder_dim} --negatives {self.negatives} --mean-negatives {self.mean_negatives} --phases "
-                f"{self.phases} --encoder-width {self.encoder_width} was given; expected 2 dimensions or more, and no negative one"
+                f"{self.phases} --encoder-width {self.encoder_width} was given; expected 2 dimensions or more, none negative"
             )
         if self.eval_rows < 2 * self.latent_dim + 4:
             raise OptionError(f"--eval-rows {self.eval_rows} was given; expected {2 * self.latent_dim + 4} or more")
@@ -184,7 +186,14 @@ def make_criterion(config: SyntheticConfig) -> nn.Module:
         return HedgedInstance(
             config.hib_scale, config.hib_shift, config.samples, config.learnable, antithetic=not paper, reference=paper
         )
-    return MCInfoNCE(config.kappa_positive, config.samples, config.learnable, antithetic=not paper, reference=paper)
+    return MCInfoNCE(
+        config.kappa_positive,
+        config.samples,
+        config.learnable,
+        antithetic=not paper,
+        negative_weight=config.negative_weight,
+        reference=paper,
+    )
 
 
 @dataclass(frozen=True)

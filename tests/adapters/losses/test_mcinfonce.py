@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from posthoc.adapters.errors import OptionError
 from posthoc.adapters.losses import MCInfoNCE, mcinfonce, sampled
 from posthoc.adapters.vmf import VonMisesFisher
 
@@ -133,7 +134,7 @@ def test_golden_loss_of_given_samples(shared: Path, case: str, rounding: float) 
     far = z["samples_neg"] if "samples_neg" in z else z["samples_pos"].roll(1, 1)
     cosine = (z["samples_ref"] * torch.cat([z["samples_pos"], far], 2)).sum(-1).permute(1, 2, 0)
     tau = torch.tensor(json.loads(str(golden["meta"]))["loss_args"]["kappa_init"]).double().requires_grad_()
-    value, grad, by_tau = (x / len(cosine) for x in mcinfonce._rows(cosine.detach(), tau.detach()))
+    value, grad, by_tau = (x / len(cosine) for x in mcinfonce._rows(cosine.detach(), tau.detach(), weight=1 / (cosine.shape[1] - 1)))
     grads = torch.autograd.grad(cosine, list(z.values()), grad, retain_graph=True)
     close, far_cosines = tau * cosine[:, 0], tau * cosine[:, 1:]
     share = close - torch.logaddexp(close, far_cosines.logsumexp(1) - math.log(far.shape[2]))
@@ -193,6 +194,18 @@ def test_any_number_of_samples(samples: int, antithetic: bool) -> None:
     else:
         many = draw(full_vectors(8.0, 500), inputs, 4, 20, seed=1)["loss"]
         assert many.mean - 4.0 * many.error < seen.mean < exact.mean + 4.0 * exact.error
+
+
+def test_summed_negatives_are_softmax_cross_entropy() -> None:
+    inputs = make_inputs(6, 5, torch.float64, kappa=(math.inf,))
+    value = MCInfoNCE(7.0, 4, negative_weight=1.0)(*posteriors(inputs))
+    mu = {name: functional.normalize(x, dim=-1) for name, x in inputs.items() if name.startswith("mu")}
+    columns = torch.cat([mu["mu_pos"][:, None], mu["mu_neg"]], 1)
+    logits = 7.0 * (mu["mu_ref"][:, None] * columns).sum(-1)
+    expected = functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
+    torch.testing.assert_close(value, expected, rtol=1e-7, atol=1e-9)
+    with pytest.raises(OptionError, match="negative_weight=0"):
+        MCInfoNCE(negative_weight=0.0)
 
 
 def closed_form(tau: float, inputs: Inputs) -> Tensor:

@@ -156,8 +156,8 @@ def test_golden_log_of_the_mean_probability(shared: Path) -> None:
     [
         partial(hedged_instance._rows, reading="mean-log"),
         partial(hedged_instance._rows, reading="log-mean", weight=1.7),
-        mcinfonce._rows,
-        partial(mcinfonce._rows, positives=3),
+        partial(mcinfonce._rows, weight=0.25),
+        partial(mcinfonce._rows, weight=1.0, positives=3),
     ],
 )
 def test_gradients_of_given_samples(rows: Any) -> None:
