@@ -181,7 +181,7 @@ def parse(name: str, config: type[C], presets: Mapping[str, Preset], about: str 
     """The config of a command line. Raises OptionError for an unknown preset, SystemExit as tyro does."""
     import tyro
 
-    names, rest = _presets_named(arguments)
+    names, rest = presets_named(arguments)
     options: dict[str, Any] = {}
     for one in names or ["default"]:
         if one not in presets:
@@ -192,7 +192,8 @@ def parse(name: str, config: type[C], presets: Mapping[str, Preset], about: str 
     return tyro.cli(config, prog=f"posthoc.recipes.{name}", description=text, default=config(**options), args=rest)
 
 
-def _presets_named(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def presets_named(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names that stand behind --preset, and all other words."""
     names: list[str] = []
     rest: list[str] = []
     taking = False

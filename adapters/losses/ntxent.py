@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from .common import log_parameter, number
 from .contrast import Terms, contrast, unit_views
 
 
@@ -18,19 +19,32 @@ class NTXent(nn.Module):
     negatives and, as in SimCLR, over the positive too. Swapping the views changes nothing.
 
     Args:
-        temperature: t > 0.
+        temperature: t > 0; with `learnable`, at the start.
         include_positive: whether D_i has the positive's term. Without it (decoupled contrastive learning) easy pairs no
             longer weaken the negatives' gradient, and the loss may be below 0.
         reference: as TaU's code for SimCLR, which adds 1e-6 to D_i.
+        learnable: whether t is a parameter (through its logarithm).
     Source: Chen et al., arXiv 2002.05709; without the positive, Yeh et al., arXiv 2110.06848.
     """
 
-    def __init__(self, temperature: float = 0.1, include_positive: bool = True, reference: bool = False) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        include_positive: bool = True,
+        reference: bool = False,
+        *,
+        learnable: bool = False,
+    ) -> None:
         super().__init__()
         if not 0 < temperature < math.inf:
             raise OptionError(f"NTXent: temperature={temperature} was given; expected a positive number such as 0.1")
-        self.temperature = temperature
+        self.log_temperature = log_parameter(temperature, learnable)
+        self.fixed_temperature = float(temperature)
         self.terms = Terms(include_positive=include_positive, floor=1e-6 if reference else 0.0)
+
+    @property
+    def temperature(self) -> Tensor | float:
+        return number(self.log_temperature, self.fixed_temperature)
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         """Scalar loss, at least float32, of two views' embeddings [N, D], N >= 2, of any length.
@@ -39,6 +53,7 @@ class NTXent(nn.Module):
         """
         with torch.autocast(z1.device.type, enabled=False):
             u1, u2 = unit_views("NTXent", z1, z2)
-            scale = u1.new_full((2 * len(u1),), 1.0 / self.temperature)
-            close = (u1 * u2).sum(-1) / self.temperature
+            inverse = torch.as_tensor(1.0 / self.temperature).to(u1)
+            scale = inverse.expand(2 * len(u1))
+            close = (u1 * u2).sum(-1) * inverse
             return contrast(torch.cat([u1, u2]), scale, close.repeat(2), self.terms)

@@ -1,0 +1,278 @@
+"""AnInfoNCE's controlled experiment: latents whose dimensions augmentations change more or less, and who recovers them.
+
+    python -m posthoc.recipes.anisotropic --output runs/bimodal
+    accelerate launch -m posthoc.recipes.anisotropic --preset n10 linear --output runs/n10
+
+COST
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..adapters.errors import OptionError, PosthocError
+from ..adapters.gathering import gather_rows
+from ..adapters.losses import AnInfoNCE, AnInfoNCEEnsemble, NTXent
+from ..adapters.training import warmup_cosine
+from ..adapters.training_loop import Plan, Record, run_plan, step_generator
+from ..eval.identifiability import linear_r2, mean_correlation, precision_recovery, random_half
+from . import running
+from .anisotropic_process import Layout, Pairs, Sampler, mixing, precisions, uniform_directions
+from .anisotropic_report import draw, table
+from .encoders import mlp
+from .running import RecipeConfig, Run, seeded_module
+
+JUDGED, REPEATS = 4096, 10
+"""Latents that the metrics look at, and how often at other ones at the end."""
+WARMUP = 0.02
+"""Share of the steps before the cosine."""
+MIXING, WEIGHTS, START, TRAINING, JUDGING = range(5)
+"""Streams of random numbers."""
+
+
+@dataclass(kw_only=True)
+class AnisotropicConfig(RecipeConfig):
+    """The options of this recipe."""
+
+    dim: int = 4
+    """n, dimensions of the latents and of the embedding"""
+    layout: Layout = "bimodal"
+    """precisions of the positives: highest and lowest half and half, or linearly spaced"""
+    lowest: float = 5.0
+    """smallest precision"""
+    highest: float = 25.0
+    """largest precision"""
+    families: int = 1
+    """families of positives, each with its own layout and its own learned precision (bimodal only)"""
+    sampler: Sampler = "exact"
+    """exact density of the positives, or the paper's shell rejection"""
+    threshold: float = 0.1
+    """half the width of the shell"""
+    mixing_layers: int = 3
+    """linear layers of the network between latents and inputs"""
+    loss: Literal["aninfonce", "infonce"] = "aninfonce"
+    """learned precision for each dimension, or one temperature for all"""
+    hard_negatives: float = 0.0
+    """beta of AnInfoNCE's weights of negatives; the learned precision is then the true one over 1 + beta"""
+    temperature: float = 0.1
+    """of infonce, at the start"""
+    learn_temperature: bool = True
+    """whether infonce learns its temperature"""
+    standardize: bool = True
+    """whiten the encoder's inputs and begin with embeddings all over the sphere; the paper's code does neither"""
+    reference: bool = False
+    """AnInfoNCE as the paper's code, whose second view's rows have the wrong negatives"""
+    batch_size: int = 256
+    """positive pairs a step, over all processes; a multiple of 8"""
+    steps: int = 6000
+    """optimiser steps"""
+    every: int = 250
+    """steps between two evaluations"""
+    lr: float = 2e-3
+    """Adam's learning rate of the encoder"""
+    lr_precision: float = 0.05
+    """Adam's learning rate of the precision or the temperature"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """of both learning rates; cosine begins with a warm-up of 2 %"""
+    expect_r2: float = -math.inf
+    """raise unless the last R^2 reaches this"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "every", "mixing_layers"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected 1 or more")
+        for name in ("lr", "lr_precision", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise OptionError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected a number above 0"
+                )
+        if self.loss == "infonce" and (self.hard_negatives or self.reference or self.families > 1):
+            raise OptionError("--loss infonce has no --hard-negatives, --reference or --families: they are AnInfoNCE's")
+        if self.families > 1 and self.reference:
+            raise OptionError("--reference knows one family of positives: leave --families at 1")
+        precisions(self.layout, self.dim, self.lowest, self.highest, self.families)
+
+
+PRESETS: dict[str, running.Preset] = {
+    "smoke": {"batch_size": 128, "steps": 1000, "expect_r2": 0.95},
+    "default": {},
+    "bimodal": {"layout": "bimodal"},
+    "linear": {"layout": "linear"},
+    "n10": {"dim": 10, "lr": 1e-3},
+    "paper": {
+        "dim": 10, "sampler": "shell", "standardize": False, "reference": True, "batch_size": 1000, "steps": 300_003, "lr": 1e-4,
+        "lr_precision": 1e-3, "schedule": "constant",
+    },
+    "shell": {"sampler": "shell"},
+    "exact": {"sampler": "exact"},
+    "infonce": {"loss": "infonce"},
+    "hard-negatives": {"hard_negatives": 1.0},
+    "ensemble": {"families": 2},
+}  # fmt: skip
+
+
+class Contrast(nn.Module):
+    """Encoder and loss: inputs of anchors and positives [N, families, n] -> the loss of all processes' rows, a scalar.
+
+    The encoder is the paper's: six hidden layers, 10, 50, 50, 50, 50 and 10 times as wide as its input.
+    Attributes: precision, learned, [families, n]; that of infonce is one over its temperature.
+    """
+
+    def __init__(self, config: AnisotropicConfig) -> None:
+        super().__init__()
+        n = config.dim
+        self.encoder = mlp([n, 10 * n, *[50 * n] * 4, 10 * n, n])
+        self.loss: nn.Module
+        if config.loss == "infonce":
+            self.loss = NTXent(config.temperature, learnable=config.learn_temperature)
+        elif config.families > 1:
+            self.loss = AnInfoNCEEnsemble(n, config.families, hard_negatives=config.hard_negatives)
+        else:
+            self.loss = AnInfoNCE(n, hard_negatives=config.hard_negatives, reference=config.reference)
+        self.dim = n
+
+    @property
+    def precision(self) -> Tensor:
+        if isinstance(self.loss, NTXent):
+            return torch.as_tensor(1 / self.loss.temperature).detach().float().expand(1, self.dim)
+        return torch.atleast_2d(self.loss.precision.detach())  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def standardize(self, inputs: Tensor) -> None:
+        """Begin with embeddings of these inputs [N, n] all over the sphere; a fixed first layer whitens inputs from now on.
+
+        The mixing leaves some directions of its outputs a tenth as wide as others, which are then learned late. And a deep
+        network gives nearly the same vector for all inputs at the start; seen from the origin that is a point, and
+        training may have to fold the sphere, for good, to spread it. So the embeddings get mean 0, and about unit length.
+        """
+        mean, covariance = inputs.double().mean(0), torch.cov(inputs.double().T)
+        value, vector = torch.linalg.eigh(covariance)
+        whiten = nn.Linear(self.dim, self.dim).requires_grad_(False)
+        whiten.weight.copy_((vector * value.rsqrt()) @ vector.T)
+        whiten.bias.copy_(-whiten.weight.double() @ mean)
+        last = self.encoder[-1]
+        self.encoder.insert(0, whiten)
+        found = self.encoder(inputs)
+        size = (found - found.mean(0)).norm(dim=-1).mean()
+        last.bias.sub_(found.mean(0)).div_(size)
+        last.weight.div_(size)
+
+    def forward(self, anchor: Tensor, positive: Tensor) -> Tensor:
+        # one gathering for both views: the loss has every row of the batch among its negatives
+        views = gather_rows(self.encoder(torch.stack([anchor, positive], 1)))
+        pairs = [(views[:, 0, k], views[:, 1, k]) for k in range(views.shape[2])]
+        return self.loss(pairs) if isinstance(self.loss, AnInfoNCEEnsemble) else self.loss(*pairs[0])
+
+
+class Judge:
+    """The metrics of an encoder on fresh latents, z uniform on the sphere: the same ones for every round of a training."""
+
+    def __init__(self, module: Contrast, network: nn.Module, truth: Tensor, config: AnisotropicConfig) -> None:
+        self.module, self.network, self.truth, self.config = module, network, truth, config
+
+    def recovery(self, repeat: int = 0, mixed: bool = False) -> Record:
+        """R^2 in-sample as the paper's code, R^2 on rows not fitted on, MCC; of the inputs themselves if `mixed`."""
+        config, device = self.config, next(self.module.parameters()).device
+        z = uniform_directions(JUDGED, config.dim, step_generator(config.seed, JUDGING, repeat))
+        found = self.network(z.float())
+        if not mixed:
+            with torch.no_grad():
+                found = functional.normalize(self.module.encoder(found.to(device)), dim=-1).cpu()
+        half = random_half(JUDGED, np.random.default_rng([config.seed, repeat]))
+        return {
+            "r2": linear_r2(found, z),
+            "r2_held_out": linear_r2(found, z, fitted=half),
+            "mcc": mean_correlation(found, z)[0],
+        }
+
+    def __call__(self) -> Record:
+        learned = self.module.precision.cpu()
+        both = [precision_recovery(a, b) for a, b in zip(learned, self.truth, strict=True)]
+        each = {f"precision_{k}_{i}": float(v) for k, one in enumerate(both) for i, v in enumerate(one.learned)}
+        return {**self.recovery(), "precision_error": max(float(one.relative_error.max()) for one in both), **each}
+
+
+def run(config: AnisotropicConfig) -> None:
+    """Train once and report; raises PosthocError if R^2 stays below `expect_r2`."""
+    run = Run("anisotropic", config)
+    truth = precisions(config.layout, config.dim, config.lowest, config.highest, config.families)
+    network = mixing(config.dim, config.mixing_layers, step_generator(config.seed, MIXING))
+    batch = Pairs(
+        truth, network, config.batch_size, run.launch, (config.seed, TRAINING), config.sampler, config.threshold
+    )
+    module = seeded_module(lambda: Contrast(config), config.seed, WEIGHTS)
+    if config.standardize:
+        start = uniform_directions(JUDGED, config.dim, step_generator(config.seed, START))
+        module.standardize(network(start.float()))
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [p for p in module.encoder.parameters() if p.requires_grad], "lr": config.lr},
+            {"params": module.loss.parameters(), "lr": config.lr_precision},
+        ]
+    )
+    factor = warmup_cosine(config.steps, WARMUP) if config.schedule == "cosine" else lambda _: 1.0
+    judge = Judge(module, network, truth / (1 + config.hard_negatives), config)
+    plan = Plan(
+        name="train",
+        steps=config.steps,
+        every=config.every,
+        batch=lambda step: tuple(part.to(run.device) for part in batch(step)),
+        evaluate=judge,
+        folder=config.output,
+        signature=run.signature,
+        observe=run.observe("train"),
+    )
+    history = run_plan(module, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor), plan)
+    results = summary(judge, batch, history.records[-1], config.steps / history.seconds)
+    if run.launch.is_main:
+        draw(config.output, history.records, module.precision, judge.truth)
+        print(table(results))
+    run.finish(results)
+    if results["latents"]["r2_held_out"]["mean"] < config.expect_r2:
+        reached = results["latents"]["r2_held_out"]["mean"]
+        raise PosthocError(f"R^2 is {reached:.3f} after {config.steps} steps; expected {config.expect_r2} or more")
+
+
+def summary(judge: Judge, batch: Pairs, last: Record, speed: float) -> dict[str, Any]:
+    """What results.json says: mean and standard deviation over fresh latents, of the embedding and of the inputs."""
+    found = [judge.recovery(repeat + 1) for repeat in range(REPEATS)]
+    columns = {name: [one[name] for one in found] for name in found[0]}
+    return {
+        "latents": {name: {"mean": float(np.mean(v)), "std": float(np.std(v))} for name, v in columns.items()},
+        "inputs": judge.recovery(mixed=True),
+        "precision": {
+            "learned": judge.module.precision.sort().values.tolist(),
+            "expected": judge.truth.sort().values.tolist(),
+            "worst_relative_error": last["precision_error"],
+        },
+        "train_loss": last["train_loss"],
+        "acceptance": batch.acceptance,
+        "steps_per_second": round(speed, 2),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The recipe as a command; preset `images` is `anisotropic_images`'s."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    named, rest = running.presets_named(words)
+    if "images" in named:
+        from . import anisotropic_images  # which needs torchvision
+
+        others = [name for name in named if name != "images"]
+        anisotropic_images.main([*(["--preset", *others] if others else []), *rest])
+        return
+    running.main("anisotropic", AnisotropicConfig, PRESETS, run, __doc__, "--batch-size", words)
+
+
+if __name__ == "__main__":
+    main()
