@@ -88,12 +88,11 @@ def main() -> None:
     arguments = parser.parse_args()
     common = ["--data-dir", str(arguments.data)]
     common += ["--weights", str(arguments.weights)] if arguments.weights else []
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name in arguments.only:
-        found[name] = [
-            run([*VARIANTS[name], *common, "--seed", str(seed)], folder_of(arguments.output, name, seed))
-            for seed in arguments.seeds
-        ]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.only}
+    for seed in arguments.seeds:
+        for name, runs in found.items():
+            words = [*VARIANTS[name], *common, "--seed", str(seed)]
+            runs.append(run(words, folder_of(arguments.output, name, seed)))
     for kind, chosen in (("Trained here", False), ("Projection of frozen features", True)):
         names = [name for name in found if name.startswith("post-hoc") == chosen]
         if not names:
