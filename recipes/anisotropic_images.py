@@ -91,7 +91,7 @@ class ImagesConfig(RecipeConfig):
     """least share of an image's area in a crop"""
     train_images: int | None = None
     """only the first so many training images"""
-    read_images: int = 5000
+    read_images: int = 10_000
     """training images that the readouts are fitted on, and as many test images to score them, the first ones"""
     views: int = 4
     """stored views of each training image of a frozen encoder"""
@@ -125,7 +125,9 @@ PRESETS: dict[str, running.Preset] = {
     "fashion-mnist": {"dataset": "fashion-mnist"},
     "aninfonce": {"loss": "aninfonce"},
     "infonce": {"loss": "infonce"},
-    "post-hoc": {"encoder": "frozen", "train_images": 9000, "steps": 1000, "every": 250, "batch_size": 256},
+    "post-hoc": {
+        "encoder": "frozen", "train_images": 9000, "read_images": 5000, "steps": 1000, "every": 250, "batch_size": 256,
+    },
 }  # fmt: skip
 
 
@@ -227,9 +229,10 @@ def run(config: ImagesConfig) -> None:
     history = run_plan(module, optimizer, schedule, plan)
     found = run.launch.on_main(lambda: {**before, **readouts(material, config, run.device)})
     last = history.records[-1]
-    share = last["held_out_loss"] / math.log(2 * len(material.held_out[0]) - 1)
+    collapsed = {"train_loss": math.log(2 * config.batch_size - 1), "held_out_loss": math.log(2 * HELD_OUT - 1)}
+    share = last["held_out_loss"] / collapsed["held_out_loss"]
     if run.launch.is_main:
-        draw(config.output, found, module.precision.numpy(), history.records)
+        draw(config.output, found, module.precision.numpy(), history.records, collapsed)
         print(table(found))
     run.finish(
         {

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..eval.identifiability import linear_r2_each
-from ..eval.plots import COLOURS, FAINT, page
+from ..eval.plots import COLOURS, FAINT, legend, page
 from ..eval.probes import linear_probe, top_k_accuracy
 
 Figures = dict[str, float]
@@ -58,21 +58,25 @@ def table(found: Mapping[str, Figures]) -> str:
 
 
 def draw(
-    folder: Path, found: Mapping[str, Figures], precision: np.ndarray, records: Sequence[Mapping[str, float]]
+    folder: Path,
+    found: Mapping[str, Figures],
+    precision: np.ndarray,
+    records: Sequence[Mapping[str, float]],
+    collapsed: Mapping[str, float],
 ) -> None:
-    """readouts.png, and training.png: the losses, and the learned precisions in their order."""
+    """readouts.png, and training.png: the losses as shares of those of equal embeddings, and the precisions in their order."""
     names = [name for name in next(iter(found.values())) if name != "augmentation"]
     with page(folder / "readouts.png", 8.4, 3.8) as figure:
         axis = figure.subplots()
         bars(axis, {name: [row[n] for n in names] for name, row in found.items()}, names)
         axis.set(title="Linear readouts", ylabel="accuracy or R², %")
-        axis.legend(ncols=2)
+        legend(figure, axis, 4)
     with page(folder / "training.png", 8.4, 3.4) as figure:
         left, right = figure.subplots(1, 2)
         steps = [record["step"] for record in records]
         for name, label, colour in (("train_loss", "training", COLOURS[0]), ("held_out_loss", "held out", COLOURS[1])):
-            left.plot(steps, [record[name] for record in records], color=colour, label=label)
-        left.set(title="Loss", xlabel="optimiser step")
+            left.plot(steps, [record[name] / collapsed[name] for record in records], color=colour, label=label)
+        left.set(title="Loss as a share of that of equal embeddings", xlabel="optimiser step")
         left.legend()
         right.plot(np.sort(precision), "o", color=COLOURS[2], markersize=3)
         right.set(title="Precision of each dimension", xlabel="dimension, in this order", ylim=(0, None))
