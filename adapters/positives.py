@@ -21,7 +21,7 @@ class PairBatch:
     """One batch of pairs.
 
     Attributes:
-        anchor, positive: features [B, D].
+        anchor, positive: features [B, D]; of `RowNumbers` row numbers [B].
         negative: [B, B] in [0, 1], the probability that row j's positive counts as a negative of row i's anchor.
     """
 
@@ -82,6 +82,16 @@ class FeatureTable:
             return self.tensor[rows.to(self.device)]
         picked = np.ascontiguousarray(self.array[rows.cpu().numpy()], dtype=np.float32)
         return torch.from_numpy(picked).to(self.device)
+
+
+class RowNumbers(FeatureTable):
+    """A table whose rows are their own numbers, int64: for pairs of images that are read or augmented later."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(np.empty((rows, 0), dtype=np.float32))
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return rows.to(self.device)
 
 
 class LabelPairs:

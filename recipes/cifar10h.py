@@ -1,0 +1,341 @@
+"""CIFAR-10H: does the concentration of a learned posterior follow people's doubts about an image?
+
+    accelerate launch -m posthoc.recipes.cifar10h --data-dir DATA --output runs/cifar10h
+
+COST
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..adapters.backbone import Backbone
+from ..adapters.errors import OptionError, PosthocError
+from ..adapters.features import Features
+from ..eval.datasets import default_data_dir
+from .cifar10h_data import (
+    SETS,
+    STORED_CROP,
+    CifarH,
+    FeatureInputs,
+    ImageInputs,
+    Inputs,
+    Labels,
+    as_pixels,
+    crop_fractions,
+    cropped,
+    fetch_cifar10,
+    five_sets,
+    fold_rows,
+    load_cifar10h,
+    one_hot,
+    open_images,
+)
+from .cifar10h_networks import (
+    Parametrization,
+    PosteriorNetwork,
+    SoftClassifier,
+    cifar_backbone,
+    features_of,
+    statistics,
+    trainable_copy,
+)
+from .cifar10h_report import Fold, Judged, judge
+from .cifar10h_training import SOFT, Step, Watch, answer, make_loss, train_fold
+from .running import Preset, RecipeConfig, Run, main, seeded_module
+
+NETWORK = 303  # place of the random numbers
+
+
+@dataclass(kw_only=True)
+class Cifar10HConfig(RecipeConfig):
+    """Options of the CIFAR-10H experiment."""
+
+    output: Path = Path("runs/cifar10h")
+    """folder of the run"""
+    data_dir: Path | None = None
+    """folder of CIFAR-10, CIFAR-10H's votes and weights; default $POSTHOC_DATA, else ~/.cache/posthoc/data"""
+    labels: Path | None = None
+    """.npy file of the votes, shares or counts [10000, 10], where it is not in --data-dir"""
+    images: str = "cifar10"
+    """a data set of the hub in CIFAR-10's test order instead of the files in --data-dir"""
+    download: bool = False
+    """let torchvision fetch CIFAR-10 into --data-dir"""
+    rows: int | None = None
+    """only the first so many test images"""
+    variant: Literal["finetune", "posthoc"] = "finetune"
+    """train the whole network, or on its stored features"""
+    backbone: str = "resnet20"
+    """resnet20, resnet56, or a timm name, which gets a stem for 32 px"""
+    checkpoint: Path | None = None
+    """weights that were trained on CIFAR-10; those of resnet20 and 56 are looked for in --data-dir"""
+    scratch: bool = False
+    """begin with random weights, with GroupNorm in the place of BatchNorm"""
+    train_on: Labels = "soft"
+    """soft: the votes; hard: the most frequent vote; train-hard: CIFAR-10's own training images and labels"""
+    loss: Literal["mcinfonce", "elk", "hib", "soft-cross-entropy"] = "mcinfonce"
+    """of posteriors; soft-cross-entropy trains the classifier, whose entropy is then the score"""
+    parametrization: Parametrization = "network"
+    """kappa from a small network on the features, or from the embedding's norm (the paper)"""
+    dim: int = 8
+    """of the embedding"""
+    kappa: float = 16.0
+    """of the posteriors before training"""
+    concentration: float = 16.0
+    """inverse temperature of mcinfonce and elk"""
+    hib_scale: float = 2.0
+    """a of hib"""
+    hib_shift: float = 1.0
+    """b of hib"""
+    n_samples: int = 32
+    """Monte-Carlo samples of each posterior"""
+    n_negatives: int = 16
+    """for each anchor, out of its block; 0: the positives rolled by one row"""
+    symmetric: bool = True
+    """also the loss of each pair turned round"""
+    centred: bool = True
+    """begin the projection at the features' principal directions, with a bias; else at Xavier's numbers (the paper)"""
+    reference: bool = False
+    """the losses as in the paper's code, with its sampler or its fitted normaliser"""
+    head_steps: int = 500
+    """of the optimiser on stored features, before the whole network trains (finetune of a trained backbone only)"""
+    steps: int = 120
+    """of the optimiser, in each fold"""
+    every: int = 50
+    """steps between evaluations and checkpoints"""
+    batch_size: int = 64
+    """anchors of a step, over all processes"""
+    block: int = 64
+    """anchors that are each other's negatives; a process takes whole blocks"""
+    lr: float = 3e-4
+    """of AdamW, for the backbone"""
+    head_lr: float | None = None
+    """for all else; default: as --lr"""
+    weight_decay: float = 0.01
+    """of AdamW"""
+    warmup: float = 0.1
+    """share of the steps in which a cosine's learning rate rises"""
+    schedule: Literal["cosine", "halved"] = "cosine"
+    """halved: constant, half of it in the second half of the steps (the paper)"""
+    phases: Literal[0, 1] = 0
+    """1: in the first half of the steps kappa gets no gradient and negatives are rolled (the paper)"""
+    clip: float | None = 1.0
+    """largest norm of the gradient"""
+    augment: bool = True
+    """move training images by up to 4 px and mirror them"""
+    crops: float = 0.0
+    """share of the training images that are seen as random centre crops"""
+    keep: Literal["human", "crop", "loss"] = "human"
+    """the state with the best rank correlation with the votes' entropy, the best with the crop fraction (the paper), or the
+    lowest loss, all on validation rows"""
+    folds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """which fifths are tested; the paper's seed s is fold s"""
+    resamples: int = 1000
+    """of the bootstrap"""
+    check: bool = False
+    """fail unless the score follows the votes better than at the start"""
+    cache_dir: Path | None = None
+    """where features are kept; default: the feature store's folder"""
+
+    @property
+    def trains_head_first(self) -> bool:
+        """Whether the head trains on stored features before the whole network does."""
+        own = self.variant == "finetune" and not self.scratch and self.train_on != "train-hard" and self.loss != SOFT
+        return own and self.head_steps > 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_samples", "steps", "every"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected at least 1")
+        if self.dim < 2 or self.n_negatives < 0 or self.block < 2:
+            raise OptionError(
+                f"--dim {self.dim} --n-negatives {self.n_negatives} --block {self.block} was given; expected at least 2, 0 "
+                "and 2"
+            )
+        for name in ("lr", "kappa", "concentration", "hib_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise OptionError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected a positive number"
+                )
+        if not self.folds or not set(self.folds) <= set(range(SETS)) or len(set(self.folds)) < len(self.folds):
+            raise OptionError(
+                f"--folds {' '.join(map(str, self.folds))} was given; expected different numbers of 0 to 4"
+            )
+        if self.batch_size % self.block:
+            raise OptionError(f"--batch-size {self.batch_size} was given; expected a multiple of --block {self.block}")
+        if not 0 <= self.crops <= 1:
+            raise OptionError(f"--crops {self.crops} was given; expected a share from 0 to 1")
+        if self.variant == "posthoc" and (self.scratch or self.train_on == "train-hard"):
+            raise OptionError("--variant posthoc stands on a trained network's features of the test images: neither --scratch "
+                              "nor --train-on train-hard go with it")  # fmt: skip
+
+
+def run(config: Cifar10HConfig) -> None:
+    """Train a network for each fold, score all test images by networks that have not seen them, and judge the scores."""
+    run = Run("cifar10h", config)
+    data_dir = Path(config.data_dir or default_data_dir()).expanduser()
+    if config.download:
+        run.launch.on_main(lambda: fetch_cifar10(data_dir))
+    data = load_cifar10h(data_dir, config.labels, config.images, config.rows)
+    backbone = cifar_backbone(config.backbone, config.checkpoint, data_dir, config.scratch, config.seed)
+    backbone.to(run.device)
+    fractions = crop_fractions(len(data.images), config.seed)
+    crops = cropped(data.images, fractions)
+    free = None if config.scratch else (_extract(config, backbone, data.images), _extract(config, backbone, crops))
+    inputs, labels, training = _inputs(config, backbone, data, crops, data_dir)
+    features = _feature_inputs(config, backbone, data, crops) if config.trains_head_first else None
+    given = Given(run, config, data, backbone, fractions, inputs, features, labels, training)
+    sets = five_sets(len(data.images), config.seed)
+    folds = [one_fold(given, fold, *fold_rows(sets, fold)) for fold in config.folds]
+    judged = Judged(data, fractions, folds, free, "fine-tuned entropy" if config.loss == SOFT else "1/kappa")
+    run.finish(judge(judged, run.folder, run.launch, config.resamples, config.seed))
+
+
+@dataclass(frozen=True)
+class Given:
+    """What all folds share. features: stored ones, where the head trains on them first; training: rows of `inputs` that
+    all folds train on, where they are no test images."""
+
+    run: Run
+    config: Cifar10HConfig
+    data: CifarH
+    backbone: Backbone
+    fractions: np.ndarray
+    inputs: Inputs
+    features: FeatureInputs | None
+    labels: np.ndarray
+    training: np.ndarray | None
+
+
+def one_fold(given: Given, fold: int, train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> Fold:
+    """Train the network of one fold, and what it answers."""
+    config, run, inputs = given.config, given.run, given.inputs
+    rows = train if given.training is None else given.training
+    network = _network(config, given.backbone, inputs, rows).to(run.device)
+    loss = make_loss(config)
+    loss = None if loss is None else loss.to(run.device)
+
+    def watched(inputs: Inputs, options: Cifar10HConfig) -> tuple[Step, Watch]:
+        step = Step(network, loss, inputs, given.labels, rows, options)
+        return step, Watch(step, validation, given.data.votes, given.fractions, options)
+
+    step, watch = watched(inputs, config)
+    first = watch()
+    if given.features is not None:
+        whole, network.backbone = network.backbone, nn.Identity()
+        alone = replace(config, steps=config.head_steps, every=config.head_steps)
+        train_fold(run, f"fold{fold}-head", *watched(given.features, alone), rows, fold)
+        network.backbone = whole
+    history = train_fold(run, f"fold{fold}", step, watch, rows, fold)
+    best = history.records[history.best]
+    if config.check and not best["human_spearman"] > max(first["human_spearman"], 0.1):
+        raise PosthocError(
+            f"fold {fold}: the rank correlation with the votes' entropy is {best['human_spearman']:.3f} after training and "
+            f"{first['human_spearman']:.3f} before: nothing was learned"
+        )
+    answers = [answer(network, inputs, part, crop) for part, crop in ((validation, False), (test, False), (test, True))]
+    return Fold(validation, test, first, history, *answers)
+
+
+def _inputs(
+    config: Cifar10HConfig, backbone: Backbone, data: CifarH, crops: np.ndarray, data_dir: Path
+) -> tuple[Inputs, np.ndarray, np.ndarray | None]:
+    """What networks are given, labels [N, C], and the rows to train on where they are not test images (else None)."""
+    images, classes = data.images, data.votes.shape[1]
+    labels = data.votes if config.train_on == "soft" else one_hot(data.label, classes)
+    if config.variant == "posthoc":
+        return _feature_inputs(config, backbone, data, crops), labels, None
+    training = None
+    if config.train_on == "train-hard":
+        source = open_images(data_dir, config.images, "train")
+        more = as_pixels(source)
+        training = len(images) + np.arange(len(more))
+        images = np.concatenate([images, more])
+        labels = np.concatenate([labels, one_hot(source.column("label"), classes)])
+    return ImageInputs(images, crops, *statistics(config.backbone)), labels, training
+
+
+def _feature_inputs(config: Cifar10HConfig, backbone: Backbone, data: CifarH, crops: np.ndarray) -> FeatureInputs:
+    others = cropped(data.images, crop_fractions(len(data.images), config.seed, STORED_CROP))
+    return FeatureInputs(*(_extract(config, backbone, one).embedding for one in (data.images, crops, others)))
+
+
+def _network(config: Cifar10HConfig, backbone: Backbone, inputs: Inputs, rows: np.ndarray) -> Any:
+    """A fold's network before training, the same in every process."""
+    own: nn.Module = nn.Identity() if config.variant == "posthoc" else trainable_copy(backbone)
+    if config.loss == SOFT:
+        return SoftClassifier(own, backbone.classifier())
+
+    def make() -> nn.Module:
+        network = PosteriorNetwork(
+            own, backbone.embedding_dim, config.dim, config.parametrization, config.kappa, config.centred
+        )
+        sample = rows[:: max(1, len(rows) // 2000)]
+        with torch.no_grad():
+            device = backbone.device
+            parts = [features_of(own, inputs.whole(part).to(device)).cpu() for part in np.array_split(sample, 16)]
+        network.start(torch.cat(parts))
+        return network
+
+    return seeded_module(make, config.seed, NETWORK)
+
+
+def _extract(config: Cifar10HConfig, backbone: Backbone, images: np.ndarray) -> Features:
+    return backbone.extract(images, cache_dir=config.cache_dir, progress=False)
+
+
+PAPER: Preset = {
+    "backbone": "resnet18",
+    "parametrization": "norm",
+    "centred": False,
+    "n_samples": 128,
+    "n_negatives": 32,
+    "symmetric": False,
+    "head_steps": 0,
+    "steps": 100_000,
+    "every": 1000,
+    "batch_size": 128,
+    "block": 128,
+    "lr": 1e-4,
+    "head_lr": None,
+    "schedule": "halved",
+    "phases": 1,
+    "clip": None,
+    "augment": False,
+    "keep": "crop",
+    "folds": (0,),
+}
+PRESETS: dict[str, Preset] = {
+    "default": {},
+    "smoke": {
+        "rows": 1000, "folds": (0,), "head_steps": 150, "steps": 12, "every": 6, "resamples": 100, "check": True,
+    },
+    "mcinfonce": {"loss": "mcinfonce", "concentration": 16.0, "kappa": 16.0},
+    "elk": {"loss": "elk", "concentration": 1.0, "kappa": 8.0},
+    "hib": {"loss": "hib", "kappa": 16.0},
+    "soft-cross-entropy": {"loss": "soft-cross-entropy"},
+    "posthoc": {"variant": "posthoc", "steps": 500, "every": 100, "lr": 3e-3},
+    "paper": PAPER,
+    "paper-elk": {**PAPER, "loss": "elk", "concentration": 32.0, "kappa": 32.0, "n_negatives": 1, "phases": 0},
+    "paper-hib": {**PAPER, "loss": "hib", "kappa": 32.0, "n_negatives": 0},
+    "paper-hard": {**PAPER, "train_on": "hard", "dim": 16, "n_negatives": 0, "phases": 0},
+    "paper-train-hard": {**PAPER, "train_on": "train-hard", "concentration": 64.0, "kappa": 64.0, "n_negatives": 0},
+}  # fmt: skip
+
+
+def command(arguments: Sequence[str] | None = None) -> None:
+    """`python -m posthoc.recipes.cifar10h`."""
+    main("cifar10h", Cifar10HConfig, PRESETS, run, __doc__, "--batch-size, --n-samples or --n-negatives", arguments)
+
+
+if __name__ == "__main__":
+    command()

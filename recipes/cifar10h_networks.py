@@ -1,0 +1,204 @@
+"""The networks of the CIFAR-10H recipe: backbones for 32 px with what was learned on CIFAR-10, and posteriors on top."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations
+from torchvision import transforms
+
+from ..adapters.backbone import Backbone, build_backbone
+from ..adapters.errors import BackboneError, OptionError, suggest
+from ..adapters.heads.common import LogSumExpNet
+from ..adapters.vmf import VonMisesFisher, concentration_from_resultant
+from .networks import CifarResNet
+from .running import seeded
+
+Parametrization = Literal["network", "norm"]
+CLASSES = 10
+DEPTHS = {"resnet20": 20, "resnet56": 56}
+SMALL_IMAGES: dict[str, dict[str, Any]] = {
+    "vit": {"img_size": 32, "patch_size": 4},
+    "convnext": {"patch_size": 2},
+}
+"""What timm is told so that a family takes images of 32 px, by how the name begins."""
+RESNET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+"""Means and deviations of the colours: those ResNet-20 and 56 were trained with, and the paper's."""
+BOUNDS = torch.tensor([0.02, 0.9999])
+"""Mean resultant lengths of the least and the most certain posterior that the network can answer with."""
+WIDTH = 64
+"""Of the network that answers with kappa."""
+
+
+def cifar_backbone(name: str, checkpoint: Path | None, data_dir: Path, scratch: bool, seed: int) -> Backbone:
+    """A classifier of 32 px images: "resnet20", "resnet56", or a timm network with a stem for small images.
+
+    checkpoint: its weights on CIFAR-10; None: those of ResNet-20 and 56 are looked for in `data_dir`. scratch: random
+    weights by the seed, and GroupNorm in the place of BatchNorm. Raises BackboneError, and OptionError for both at once.
+    """
+    if scratch and checkpoint is not None:
+        raise OptionError(f"--scratch and --checkpoint {checkpoint} were given; expected one of them")
+    if name not in DEPTHS and not timm.is_model(name):
+        raise BackboneError(f"--backbone {name!r} is unknown; {suggest(name, [*DEPTHS, *timm.list_models()])}")
+    if not scratch and checkpoint is None:
+        checkpoint = _known_weights(name, data_dir)
+    with seeded(seed):
+        module = small_image_network(name)
+        if scratch:
+            group_normalised(module)
+    mean, std = statistics(name)
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+    return build_backbone(module, checkpoint=checkpoint, transform=transform)
+
+
+def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means and deviations of the colours a network is given."""
+    return RESNET_STATISTICS if name in DEPTHS else STATISTICS
+
+
+def small_image_network(name: str) -> nn.Module:
+    """A network of CIFAR's ten classes for 32 px: ResNets with a 3x3 stem (the max-pool stays, as in the paper), VGG with
+    pooled features, ViT with patches of 4 px, ConvNeXt with patches of 2. Raises BackboneError for one that takes none."""
+    if name in DEPTHS:
+        return CifarResNet(DEPTHS[name], CLASSES)
+    more = next((options for family, options in SMALL_IMAGES.items() if name.startswith(family)), {})
+    try:
+        module: Any = timm.create_model(name, pretrained=False, num_classes=CLASSES, **more)
+        if name.startswith("resnet"):
+            old = module.conv1
+            module.conv1 = nn.Conv2d(3, old.out_channels, 3, stride=1, padding=1, bias=False)
+        if name.startswith("vgg"):
+            module.pre_logits = nn.Identity()  # three linear layers of 4,096 for a map of 7 x 7
+            width = [part for part in module.features if isinstance(part, nn.Conv2d)][-1].out_channels
+            module.head = timm.layers.ClassifierHead(width, CLASSES)
+        with torch.no_grad():
+            module.eval()(torch.zeros(1, 3, 32, 32))
+    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise BackboneError(
+            f"--backbone {name!r} takes no images of 32 px ({type(error).__name__}: {error})"
+        ) from error
+    return module
+
+
+def group_normalised(module: nn.Module) -> None:
+    """Puts GroupNorm in the place of every BatchNorm2d: no statistics of a batch, so processes need none in common."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            norm: nn.Module = nn.GroupNorm(math.gcd(child.num_features, 8), child.num_features)
+            activation = getattr(child, "act", None)  # timm has both in one
+            setattr(module, name, norm if activation is None else nn.Sequential(norm, activation))
+        else:
+            group_normalised(child)
+
+
+def _known_weights(name: str, data_dir: Path) -> Path:
+    path = data_dir / f"cifar10_{name}.safetensors"
+    if name in DEPTHS and path.is_file():
+        return path
+    where = f"{path} is not there: lay it there, or " if name in DEPTHS else ""
+    raise BackboneError(
+        f"--backbone {name} needs weights that were trained on CIFAR-10: {where}give them with --checkpoint FILE "
+        "(.safetensors or .pth), or start from random ones with --scratch"
+    )
+
+
+class PosteriorNetwork(nn.Module):
+    """Inputs -> posteriors vMF(mu, kappa) on S^(dim-1): a backbone, a linear projection, and a concentration.
+
+    parametrization "network": kappa from a small network on the backbone's features; "norm": the length of the projected
+    features, with weight norm on the projection (the paper's implicit kappa). kappa: its size before training. centred:
+    whether the projection has a bias and begins at the principal directions; else at Xavier's numbers (the paper).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        features: int,
+        dim: int,
+        parametrization: Parametrization = "network",
+        kappa: float = 16.0,
+        centred: bool = True,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.dim, self.kappa, self.centred = backbone, dim, kappa, centred
+        self.projection: nn.Module = nn.Linear(features, dim, bias=centred)
+        self.network: LogSumExpNet | None = None
+        if parametrization == "norm":
+            self.projection = parametrizations.weight_norm(self.projection, dim=0)
+        else:
+            self.network = LogSumExpNet(features, WIDTH)
+            self.low, self.high = (float(bound.log()) for bound in concentration_from_resultant(BOUNDS.double(), dim))
+            if not self.low < math.log(kappa) < self.high:
+                low, high = math.exp(self.low), math.exp(self.high)
+                raise OptionError(f"--kappa {kappa:g} was given; in {dim} dimensions expected {low:.3g} to {high:.3g}")
+            self.level = nn.Parameter(
+                torch.tensor(math.log((math.log(kappa) - self.low) / (self.high - math.log(kappa))))
+            )
+
+    @torch.no_grad()
+    def start(self, features: Tensor) -> None:
+        """The projection and the network's scales before training, from fitting rows' features [N, F].
+
+        Where kappa is the norm, the centred projection has kappa as its mean length.
+        """
+        mean, std = features.mean(0), features.std(0)
+        if self.network is not None:
+            self.network.standardise(mean, std)
+        layer: Any = self.projection
+        weight = torch.empty_like(layer.weight)
+        if self.centred:
+            away = features - mean
+            _, vectors = torch.linalg.eigh(away.double().T @ away.double())
+            weight.copy_(vectors.flip(1)[:, : self.dim].T)
+            if self.network is None:
+                weight *= self.kappa / (away @ weight.T).norm(dim=1).mean()
+            layer.bias.copy_(-weight @ mean)
+        else:
+            nn.init.xavier_normal_(weight, gain=self.kappa)
+        layer.weight = nn.Parameter(weight) if self.network is not None else weight
+
+    def forward(self, inputs: Tensor) -> VonMisesFisher:
+        features = features_of(self.backbone, inputs)
+        projected = self.projection(features)
+        if self.network is None:
+            kappa = projected.norm(dim=-1)
+        else:
+            # log kappa between its bounds on a sigmoid, of slope about 1 in the middle, as in the kappa head
+            width = self.high - self.low
+            share = torch.sigmoid(self.level + 4.0 / width * self.network(features))
+            kappa = (self.low + width * share).exp()
+        return VonMisesFisher(functional.normalize(projected, dim=-1), kappa, validate_args=False)
+
+
+class SoftClassifier(nn.Module):
+    """Inputs -> features [B, F] and logits [B, C]: fine-tuned by cross-entropy with the votes, it is what to compare with."""
+
+    def __init__(self, backbone: nn.Module, linear: nn.Linear) -> None:
+        super().__init__()
+        self.backbone, self.linear = backbone, copy.deepcopy(linear).requires_grad_(True)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        features = features_of(self.backbone, inputs)
+        return features, self.linear(features)
+
+
+def features_of(backbone: nn.Module, inputs: Tensor) -> Tensor:
+    """The embedding [B, F], float32; inputs that are features already stay."""
+    return (backbone(inputs).embedding if isinstance(backbone, Backbone) else backbone(inputs)).float()
+
+
+def trainable_copy(backbone: Backbone) -> Backbone:
+    """A copy whose weights train; its BatchNorm keeps its statistics, and its classifier, which is not used, its weights."""
+    own = copy.deepcopy(backbone)
+    own.module.requires_grad_(True)
+    for name in own.structure.own:
+        own.module.get_submodule(name).requires_grad_(False)
+    return own.to(memory_format=torch.channels_last)

@@ -1,0 +1,269 @@
+"""One fold of the CIFAR-10H recipe: pairs by soft labels, the loss of a step, what is watched on validation rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..adapters.errors import DataError
+from ..adapters.losses import ExpectedLikelihoodKernel, HedgedInstance, MCInfoNCE
+from ..adapters.positives import PairBatch, RowNumbers, SoftLabelPairs, draw_negatives
+from ..adapters.training import warmup_cosine
+from ..adapters.training_loop import History, Plan, Record, run_plan, step_generator
+from ..adapters.vmf import VonMisesFisher
+from ..eval.ambiguity import vote_entropy
+from ..eval.baselines import entropy
+from ..eval.retrieval import retrieve
+from ..eval.search import directions
+from .cifar10h_networks import PosteriorNetwork, SoftClassifier
+from .running import Run, row_blocks
+
+if TYPE_CHECKING:
+    from .cifar10h import Cifar10HConfig
+    from .cifar10h_data import Inputs
+
+ROWS = 128
+"""Images of one pass without gradients."""
+ORDER, TRAINING, VALIDATION = 300, 301, 302  # places of the random numbers
+ELK, SOFT = "elk", "soft-cross-entropy"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a network says of N images: unit embeddings [N, d], uncertainty [N]; kappa [N] of posteriors, or logits [N, C]."""
+
+    embedding: np.ndarray
+    uncertainty: np.ndarray
+    kappa: np.ndarray | None = None
+    logits: np.ndarray | None = None
+
+
+def make_loss(config: Cifar10HConfig) -> nn.Module | None:
+    """The loss of posteriors; None for cross-entropy."""
+    samples, reference = config.n_samples, config.reference
+    if config.loss == "mcinfonce":
+        return MCInfoNCE(config.concentration, samples, reference=reference)
+    if config.loss == ELK:
+        return ExpectedLikelihoodKernel(config.concentration, reference=reference)
+    if config.loss == "hib":
+        return HedgedInstance(config.hib_scale, config.hib_shift, samples, reference=reference)
+    return None
+
+
+class Step(nn.Module):
+    """The loss of this process's blocks of one batch, as a module that the training loop trains.
+
+    A block's rows are anchors, each with a positive by the labels; its negatives are the positives of other rows of the
+    block, taken with the probability that both show different classes.
+    """
+
+    def __init__(
+        self, network: PosteriorNetwork | SoftClassifier, loss: nn.Module | None, inputs: Inputs, labels: np.ndarray,
+        rows: np.ndarray, config: Cifar10HConfig,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.network, self.loss, self.inputs, self.config = network, loss, inputs, config
+        self.labels = torch.from_numpy(labels)
+        self.pairs = SoftLabelPairs(RowNumbers(len(labels)), labels, rows)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def forward(self, rows: Tensor, places: list[tuple[int, ...]], directions_only: bool) -> Tensor:
+        """rows int64 [K, block] and one place of the random numbers for each of the K blocks."""
+        generators = [step_generator(*place) for place in places]
+        if self.loss is None:
+            parts = [self._inputs(block, one) for block, one in zip(rows, generators, strict=True)]
+            _, logits = self.network(torch.cat(parts).to(self.device))
+            return functional.cross_entropy(logits, self.labels[rows.flatten()].to(self.device))
+        drawn = [self.pairs.draw(block, one) for block, one in zip(rows, generators, strict=True)]
+        parts = [
+            self._inputs(side, one)
+            for batch, one in zip(drawn, generators, strict=True)
+            for side in (batch.anchor, batch.positive)
+        ]
+        posterior = self.network(torch.cat(parts).to(self.device))
+        losses, size = [], rows.shape[1]
+        for place, (batch, one) in enumerate(zip(drawn, generators, strict=True)):
+            start = 2 * size * place
+            anchor, positive = _part(posterior, start, size), _part(posterior, start + size, size)
+            losses.append(self.of_pairs(anchor, positive, batch.negative, one, directions_only))
+        return torch.stack(losses).mean()
+
+    def of_pairs(
+        self, anchor: VonMisesFisher, positive: VonMisesFisher, negative: Tensor, generator: torch.Generator,
+        directions_only: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """The loss of pairs [B], from the probabilities [B, B] that column j's positive is a negative of row i.
+
+        directions_only: kappas get no gradient and negatives are rolled, as in the paper's first phase. symmetric: the mean
+        with the loss of the pairs turned round, which the labels make equally likely.
+        """
+        if directions_only:
+            anchor, positive = (_fixed_kappa(one) for one in (anchor, positive))
+        value = self._one_way(anchor, positive, negative, generator, directions_only)
+        if not self.config.symmetric:
+            return value
+        return 0.5 * (value + self._one_way(positive, anchor, negative.T, generator, directions_only))
+
+    def _one_way(
+        self, anchor: VonMisesFisher, positive: VonMisesFisher, negative: Tensor, generator: torch.Generator, rolled: bool
+    ) -> Tensor:  # fmt: skip
+        assert self.loss is not None
+        more = {} if self.config.loss == ELK else {"generator": generator}
+        if rolled or not self.config.n_negatives:
+            return self.loss(anchor, positive, None, **more)
+        columns, has = draw_negatives(negative, self.config.n_negatives, generator)
+        columns, has = columns.to(self.device), has.to(self.device)
+        if not has.any():  # a block of one class
+            return self.loss(anchor, positive, None, **more)
+        far = VonMisesFisher(
+            positive.mean_direction[columns[has]], positive.concentration[columns[has]], validate_args=False
+        )
+        return self.loss(_rows(anchor, has), _rows(positive, has), far, **more)
+
+    def _inputs(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        return self.inputs.training(rows, self.config.crops, self.config.augment, generator)
+
+
+def _part(one: VonMisesFisher, start: int, size: int) -> VonMisesFisher:
+    part = slice(start, start + size)
+    return VonMisesFisher(one.mean_direction[part], one.concentration[part], validate_args=False)
+
+
+def _rows(one: VonMisesFisher, chosen: Tensor) -> VonMisesFisher:
+    return VonMisesFisher(one.mean_direction[chosen], one.concentration[chosen], validate_args=False)
+
+
+def _fixed_kappa(one: VonMisesFisher) -> VonMisesFisher:
+    kappa = one.concentration
+    # every parameter keeps a gradient, of 0, which several processes have to agree on
+    return VonMisesFisher(one.mean_direction, kappa.detach() + 0.0 * kappa, validate_args=False)
+
+
+@torch.no_grad()
+def answer(network: nn.Module, inputs: Inputs, rows: np.ndarray, crop: bool = False) -> Answer:
+    """What the network says of the images `rows`, whole or cropped. Every process of a launch asks for itself."""
+    device = next(network.parameters()).device
+    network.eval()
+    parts = [network(inputs.whole(rows[i : i + ROWS], crop).to(device)) for i in range(0, len(rows), ROWS)]
+    if isinstance(parts[0], VonMisesFisher):
+        embedding = torch.cat([one.mean_direction for one in parts])
+        kappa = torch.cat([one.concentration for one in parts]).double().cpu().numpy()
+        return Answer(directions("the embedding", embedding.cpu()), 1 / kappa, kappa)
+    embedding, logits = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return Answer(directions("the embedding", embedding), entropy(logits), logits=logits.numpy())
+
+
+class Watch:
+    """Figures of a fold's validation rows at the end of a round."""
+
+    def __init__(
+        self, step: Step, rows: np.ndarray, votes: np.ndarray, fractions: np.ndarray, config: Cifar10HConfig
+    ) -> None:
+        self.step, self.rows, self.votes, self.fractions, self.config = step, rows, votes, fractions, config
+        self.pairs = SoftLabelPairs(RowNumbers(len(rows)), votes[rows], np.arange(len(rows)))
+
+    def __call__(self) -> Record:
+        network, rows = self.step.network, self.rows
+        found = answer(network, self.step.inputs, rows)
+        human = float(spearmanr(found.uncertainty, vote_entropy(self.votes[rows])).statistic)
+        label = self.votes[rows].argmax(1)
+        figures = {
+            "validation_loss": self._loss(found),
+            "human_spearman": human,
+            "recall_at_1": float(retrieve(found.embedding, label).values["recall_at_1"].mean()),
+        }
+        if self.config.keep == "crop":
+            crops = answer(network, self.step.inputs, rows, crop=True)
+            figures["crop_spearman"] = float(spearmanr(crops.uncertainty, 1 - self.fractions[rows]).statistic)
+            figures["judged"] = -figures["crop_spearman"]
+        elif self.config.keep == "human":
+            figures["judged"] = -human
+        else:
+            figures["judged"] = figures["validation_loss"]
+        return figures
+
+    def _loss(self, found: Answer) -> float:
+        """With the same pairs and draws at every call: rounds compare."""
+        device = self.step.device
+        if found.logits is not None:
+            votes = torch.from_numpy(self.votes[self.rows])
+            return float(functional.cross_entropy(torch.from_numpy(found.logits), votes))
+        mu, kappa = torch.from_numpy(found.embedding), torch.from_numpy(found.kappa).float()
+        every, total, count = torch.arange(len(self.rows)), 0.0, 0
+        for number, part in enumerate(every.split(self.config.batch_size)):
+            if len(part) < 2:
+                continue
+            generator = step_generator(self.config.seed, VALIDATION, number)
+            batch: PairBatch = self.pairs.draw(part, generator)
+            anchor, positive = (
+                VonMisesFisher(mu[side].to(device), kappa[side].to(device), validate_args=False)
+                for side in (batch.anchor, batch.positive)
+            )
+            total += len(part) * float(self.step.of_pairs(anchor, positive, batch.negative, generator))
+            count += len(part)
+        return total / count
+
+
+def train_fold(run: Run, name: str, step: Step, watch: Watch, rows: np.ndarray, fold: int) -> History:
+    """Train one fold's network on `rows`; it ends at the round that `config.keep` says, in eval mode."""
+    config = step.config
+    blocks = row_blocks(config.batch_size, config.block, run.launch)
+    each = len(rows) // config.batch_size
+    if not each:
+        raise DataError(f"{len(rows)} rows to train on are fewer than a batch: give --batch-size {len(rows)} or less")
+    parameters = _groups(step, config)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
+    factor = warmup_cosine(config.steps, config.warmup) if config.schedule == "cosine" else _halved(config.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    order: dict[int, Tensor] = {}
+
+    def batch(i: int) -> tuple[Tensor, list[tuple[int, ...]], bool]:
+        epoch, place = divmod(i, each)
+        if epoch not in order:
+            order.clear()
+            order[epoch] = torch.from_numpy(rows)[
+                torch.randperm(len(rows), generator=step_generator(config.seed, ORDER, fold, epoch))
+            ]
+        taken = order[epoch][place * config.batch_size : (place + 1) * config.batch_size].view(-1, config.block)
+        places: list[tuple[int, ...]] = [(config.seed, TRAINING, fold, i, block) for block in blocks]
+        return taken[list(blocks)], places, config.phases == 1 and i < config.steps // 2
+
+    plan = Plan(
+        name=name,
+        steps=config.steps,
+        every=config.every,
+        batch=batch,
+        evaluate=watch,
+        folder=run.folder,
+        signature=f"{run.signature} {name}",
+        lowest="judged",
+        clip=config.clip,
+        placed=True,
+        observe=run.observe(name),
+    )
+    return run_plan(step, optimizer, schedule, plan)
+
+
+def _groups(step: Step, config: Cifar10HConfig) -> list[dict[str, Any]]:
+    """The backbone's weights with their learning rate, all others with the head's."""
+    inside = {id(p) for p in step.network.backbone.parameters()}
+    trainable = [p for p in step.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if id(p) in inside], "lr": config.lr},
+        {"params": [p for p in trainable if id(p) not in inside], "lr": config.head_lr or config.lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _halved(steps: int) -> Any:
+    """The paper's: half the learning rate in the second half."""
+    return lambda i: 1.0 if i < steps / 2 else 0.5
