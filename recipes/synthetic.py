@@ -56,6 +56,10 @@ class SyntheticConfig(RecipeConfig):
     """concentration of positives round the anchor's latent, and the loss's inverse temperature"""
     spread: float = 0.5
     """a process is accepted when some pair of its means has a cosine below this"""
+    process_width: int = 10
+    """of the hidden layers of the process's networks"""
+    process_hidden: int = 1
+    """layers between the first and the last of its mean's network"""
     shared_backbone: bool = False
     """whether concentrations, true and learned, are functions of the mean direction"""
     acceptance: Literal["exact", "paper"] = "exact"
@@ -134,6 +138,8 @@ class SyntheticConfig(RecipeConfig):
             lowest=self.kappa_low,
             highest=self.kappa_high,
             spread=self.spread,
+            hidden=self.process_hidden,
+            width=self.process_width,
             shared=self.shared_backbone,
             positive=self.kappa_positive,
             constant=self.acceptance,

@@ -108,7 +108,7 @@ def test_the_papers_half_phases() -> None:
     root = 0.5**0.5
     assert at == pytest.approx([1e-4 * f for f in (1, 1, 0.5, root, root / 2, 0.5, root / 2)])
     assert (
-        stages(SyntheticConfig(latent_dim=2, negatives=1))[0].negatives == 1
+        stages(SyntheticConfig(**PRESETS["2d"]))[0].negatives == 1
     )  # in 2 dimensions the means see them too
     (joint,) = stages(SyntheticConfig(phases=0, steps=7))
     assert (joint.trained, joint.steps) == (("mean", "concentration"), 14)

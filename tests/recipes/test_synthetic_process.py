@@ -192,8 +192,8 @@ def test_the_papers_encoder_has_its_sizes_and_its_range() -> None:
     x = torch.rand(1000, 10, generator=torch.Generator().manual_seed(0))
     encoder.calibrate(x, 16.0, 32.0)
     kappa = encoder(x).concentration.detach()
-    assert float(kappa.min()) == pytest.approx(16.0, rel=1e-4)
-    assert float(kappa.max()) == pytest.approx(32.0, rel=1e-4)
+    assert float(kappa.min()) == pytest.approx(16.0, rel=2e-3)
+    assert float(kappa.max()) == pytest.approx(32.0, rel=2e-3)
 
 
 def test_a_constant_network_has_no_range() -> None:
