@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +39,7 @@ PARTS: dict[str, tuple[Case, ...]] = {
         ("HIB", ("--loss", "hib"), SEEDS),
     ),
     "samplers": tuple(
-        (f"d = {d}, {sampler}", ("--preset", "default", f"dim-{d}", "small-batch", "--sampler", sampler), SAMPLER_SEEDS)
+        (f"d = {d}, {sampler}", ("--preset", "default", f"dim-{d}", "--sampler", sampler), SAMPLER_SEEDS)
         for d in (10, 16, 32)
         for sampler in ("exact", "paper")
     ),
@@ -60,8 +60,6 @@ class Options:
     """folder of the runs and of table.md"""
     jobs: int = 2
     """runs at a time, one thread each"""
-    words: tuple[str, ...] = field(default_factory=tuple)
-    """more words for every run, such as --steps 100"""
 
 
 def carried_out(folder: Path, words: tuple[str, ...], seed: int) -> dict[str, Any]:
@@ -104,7 +102,7 @@ def main() -> None:
                     pool.submit(
                         carried_out,
                         options.output / f"{part}-{name}-{seed}".replace(" ", ""),
-                        (*words, *options.words),
+                        words,
                         seed,
                     )
                     for seed in seeds

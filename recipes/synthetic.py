@@ -92,6 +92,8 @@ class SyntheticConfig(RecipeConfig):
     """rounds of training first the means, then the concentrations; 0: both at once, for twice the steps"""
     steps: int = 50_000
     """optimiser steps of each half of a phase"""
+    kappa_steps: int | None = None
+    """of the concentrations' half; None: as many as of the means'"""
     batch_size: int = 128
     """rows of a step, over all processes"""
     lr: float = 1e-4
@@ -109,6 +111,8 @@ class SyntheticConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.kappa_steps is not None and self.kappa_steps < 1:
+            raise OptionError(f"--kappa-steps {self.kappa_steps} was given; expected at least 1")
         for name in ("input_dim", "encoder_hidden", "samples", "steps", "batch_size", "eval_every"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected at least 1")
@@ -204,33 +208,33 @@ def make_criterion(config: SyntheticConfig) -> nn.Module:
 
 @dataclass(frozen=True)
 class Stage:
-    """A training with its own optimiser: what is trained, for how many steps, and the optimiser steps before it."""
+    """A training with its own optimiser: what is trained, for how many steps, and how many phases lie before it."""
 
     name: str
     trained: tuple[str, ...]
     steps: int
-    before: int
+    before: float
     negatives: int
 
 
 def stages(config: SyntheticConfig) -> list[Stage]:
     """The half phases: means, then concentrations; or both at once."""
+    kappa_steps = config.steps if config.kappa_steps is None else config.kappa_steps
+    whole = config.steps + kappa_steps
     if not config.phases:
-        return [Stage("joint", ("mean", "concentration"), 2 * config.steps, 0, config.negatives)]
+        return [Stage("joint", ("mean", "concentration"), whole, 0, config.negatives)]
     found = []
     for phase in range(config.phases):
-        before = 2 * phase * config.steps
-        found.append(Stage(f"phase-{phase + 1}-mean", ("mean",), config.steps, before, config.mean_negatives))
-        found.append(
-            Stage(f"phase-{phase + 1}-kappa", ("concentration",), config.steps, before + config.steps, config.negatives)
-        )
+        share = [(phase * whole + before) / whole for before in (0, config.steps)]
+        found.append(Stage(f"phase-{phase + 1}-mean", ("mean",), config.steps, share[0], config.mean_negatives))
+        found.append(Stage(f"phase-{phase + 1}-kappa", ("concentration",), kappa_steps, share[1], config.negatives))
     return found
 
 
 def _schedule(config: SyntheticConfig, stage: Stage, optimizer: torch.optim.Optimizer) -> Any:
     if config.schedule == "cosine":
         return torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(stage.steps, 0.05))
-    start = 0.5 ** (stage.before / (2 * config.steps))
+    start = 0.5**stage.before
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: start * (1.0 if i < stage.steps // 2 else 0.5))
 
 
@@ -289,11 +293,11 @@ def run(config: SyntheticConfig) -> dict[str, Any]:
     return figures
 
 
-_SMALL: Preset = {"encoder_width": 128, "encoder_hidden": 3, "schedule": "cosine", "lr": 2e-3}
+_OURS: Preset = {"encoder_width": 64, "encoder_hidden": 2, "schedule": "cosine", "lr": 2e-3, "batch_size": 128,
+                 "samples": 16, "negatives": 4, "mean_negatives": 4, "negative_weight": 1.0}  # fmt: skip
 PRESETS: dict[str, Preset] = {
-    "smoke": {**_SMALL, "steps": 150, "batch_size": 128, "samples": 16, "negatives": 4, "eval_every": 50,
-              "eval_rows": 500, "check": True},
-    "default": {**_SMALL, "steps": 3000, "batch_size": 256, "samples": 64, "negatives": 8, "eval_every": 250},
+    "smoke": {**_OURS, "steps": 150, "eval_every": 50, "eval_rows": 500, "check": True},
+    "default": {**_OURS, "steps": 8000, "kappa_steps": 2000},
     "paper": {"batch_size": 512, "samples": 512, "negatives": 32, "eval_rows": 10_000, "acceptance": "paper", "sampler": "paper"},
     "ambiguous": {"kappa_low": 16.0, "kappa_high": 32.0},
     "clear": {"kappa_low": 64.0, "kappa_high": 128.0},
