@@ -77,7 +77,7 @@ class AnisotropicConfig(RecipeConfig):
     """optimiser steps"""
     every: int = 250
     """steps between two evaluations"""
-    lr: float = 2e-3
+    lr: float = 5e-3
     """Adam's learning rate of the encoder"""
     lr_precision: float = 0.05
     """Adam's learning rate of the precision or the temperature"""
@@ -132,7 +132,7 @@ class Contrast(nn.Module):
         super().__init__()
         n = config.dim
         self.encoder = mlp([n, 10 * n, *[50 * n] * 4, 10 * n, n])
-        self.loss: nn.Module
+        self.loss: NTXent | AnInfoNCE | AnInfoNCEEnsemble
         if config.loss == "infonce":
             self.loss = NTXent(config.temperature, learnable=config.learn_temperature)
         elif config.families > 1:
@@ -145,7 +145,7 @@ class Contrast(nn.Module):
     def precision(self) -> Tensor:
         if isinstance(self.loss, NTXent):
             return torch.as_tensor(1 / self.loss.temperature).detach().float().expand(1, self.dim)
-        return torch.atleast_2d(self.loss.precision.detach())  # type: ignore[arg-type]
+        return torch.atleast_2d(self.loss.precision.detach())
 
     @torch.no_grad()
     def standardize(self, inputs: Tensor) -> None:
@@ -157,13 +157,13 @@ class Contrast(nn.Module):
         """
         mean, covariance = inputs.double().mean(0), torch.cov(inputs.double().T)
         value, vector = torch.linalg.eigh(covariance)
-        whiten = nn.Linear(self.dim, self.dim).requires_grad_(False)
+        whiten = nn.utils.skip_init(nn.Linear, self.dim, self.dim).requires_grad_(False)
         whiten.weight.copy_((vector * value.rsqrt()) @ vector.T)
         whiten.bias.copy_(-whiten.weight.double() @ mean)
-        last = self.encoder[-1]
         self.encoder.insert(0, whiten)
         found = self.encoder(inputs)
         size = (found - found.mean(0)).norm(dim=-1).mean()
+        last: Any = self.encoder[-1]
         last.bias.sub_(found.mean(0)).div_(size)
         last.weight.div_(size)
 

@@ -178,7 +178,8 @@ def mixing(dim: int, layers: int, generator: torch.Generator, pool: int = POOL) 
         raise OptionError(
             f"no {layers} matrices of condition {bar:.3f} were found: give another seed or a smaller pool"
         )
-    for layer, weight in zip(network[::2], found[:layers], strict=True):
+    linear = [layer for layer in network if isinstance(layer, nn.Linear)]
+    for layer, weight in zip(linear, found[:layers], strict=True):
         layer.weight.copy_(weight)
     return network
 

@@ -191,3 +191,16 @@ def test_wrong_arguments_are_named() -> None:
     for shapes in (((1, 3), (1, 3)), ((4, 3), (5, 3)), ((4,), (4,))):
         with pytest.raises(OptionError, match=r"N >= 2.*\(" + str(shapes[0][0])):
             NTXent(0.1)(torch.ones(shapes[0]), torch.ones(shapes[1]))
+
+
+def test_a_learnable_temperature(generator: torch.Generator) -> None:
+    z = [view.detach() for view in _views(6, 4, generator)]
+    loss, fixed = NTXent(0.3, learnable=True).double(), NTXent(0.3)
+    assert list(fixed.parameters()) == []
+    torch.testing.assert_close(loss(*z), fixed(*z))
+    (grad,) = torch.autograd.grad(loss(*z), loss.parameters())
+    step = 1e-6
+    slope = [_plain(*z, 0.3 * math.exp(sign * step), True) for sign in (1, -1)]
+    assert float(grad) == pytest.approx(float(slope[0] - slope[1]) / (2 * step), rel=1e-6)
+    isotropic = AnInfoNCE(4, 1 / float(loss.temperature.detach())).double()
+    torch.testing.assert_close(loss(*z), isotropic(*z))
