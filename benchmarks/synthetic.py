@@ -77,7 +77,9 @@ def carried_out(folder: Path, words: tuple[str, ...], seed: int) -> dict[str, An
             str(folder),
         ]
         resume = ["--resume"] if (folder / "config.json").exists() else []
-        subprocess.run([*command, *resume], check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"})
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".log").open("a") as log:
+            subprocess.run([*command, *resume], check=True, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return json.loads(found.read_text())
 
 

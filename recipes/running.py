@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -66,6 +67,9 @@ class Run:
 
     def __init__(self, name: str, config: RecipeConfig) -> None:
         require("matplotlib", "matplotlib")
+        for tracker in config.tracker:
+            if find_spec(tracker) is None:
+                raise OptionError(f"--tracker {tracker} needs a package that is not installed: pip install {tracker}")
         self.name, self.config, self.folder = name, config, config.output
         self.launch: Launch = check_launch()
         self.signature = json.dumps(self._kept(config), sort_keys=True)

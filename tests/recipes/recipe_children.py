@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-QUIET = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}
+QUIET = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def start(recipe: str, words: list[str], folder: Path, launcher: list[str] | None = None) -> subprocess.Popen[str]:

@@ -1,0 +1,118 @@
+"""What recipes share: presets on the command line, the run's folder, shares of a batch, trackers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from posthoc.adapters.distributed import Launch
+from posthoc.adapters.errors import OptionError
+from posthoc.adapters.training_loop import step_generator
+from posthoc.recipes import running
+from posthoc.recipes.running import RecipeConfig, Run, row_blocks, seeded_module
+
+from .recipe_children import results
+
+
+@dataclass(kw_only=True)
+class Config(RecipeConfig):
+    """Options of a recipe."""
+
+    steps: int = 3
+    """how many"""
+    names: tuple[str, ...] = ()
+    """some"""
+
+
+PRESETS = {"default": {"steps": 5}, "long": {"steps": 50}, "named": {"names": ("a",)}}
+
+
+def parsed(*words: str) -> Config:
+    return running.parse("some", Config, PRESETS, "About it.", words)
+
+
+def test_presets_are_sets_of_options_and_the_command_line_wins() -> None:
+    assert parsed().steps == 5
+    assert parsed("--preset", "long").steps == 50
+    assert parsed("--preset=named", "--names", "b", "c") == Config(names=("b", "c"))
+    both = parsed("--seed", "2", "--preset", "long", "named", "--steps", "7")
+    assert (both.seed, both.steps, both.names) == (2, 7, ("a",))
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(OptionError, match="did you mean 'long'"):
+        parsed("--preset", "lang")
+
+
+def test_help_teaches_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    said = capsys.readouterr().out
+    for words in ("About it.", "long: steps 50", "--steps", "how many", "--resume"):
+        assert words in said
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_share_the_blocks_of_a_batch(world: int) -> None:
+    shares = [list(row_blocks(64, 16, Launch(rank, world))) for rank in range(world)]
+    assert sum(shares, []) == [0, 1, 2, 3]
+    assert {len(share) for share in shares} == {4 // world}
+
+
+@pytest.mark.parametrize(("batch", "world"), [(60, 1), (64, 3), (8, 1), (64, 8)])
+def test_a_batch_that_cannot_be_shared(batch: int, world: int) -> None:
+    with pytest.raises(OptionError, match=f"batch of {batch} rows .* multiple of {16 * world}"):
+        row_blocks(batch, 16, Launch(0, world))
+
+
+def test_first_weights_depend_on_seed_and_place_alone() -> None:
+    def weights(seed: int, place: int) -> torch.Tensor:
+        return seeded_module(lambda: torch.nn.Linear(3, 3), seed, place).weight
+
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    first = weights(0, 1)
+    assert torch.equal(torch.rand(2), expected)  # the global generator was left alone
+    assert torch.equal(first, weights(0, 1))
+    assert not torch.equal(first, weights(0, 2))
+    assert not torch.equal(first, weights(1, 1))
+    assert not torch.equal(torch.rand(2, generator=step_generator(0, 1)), torch.rand(2, generator=step_generator(1, 0)))
+
+
+def test_a_folder_holds_one_run(tmp_path: Path) -> None:
+    Run("some", Config(output=tmp_path / "a")).finish({"found": float("nan")})
+    said = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert (said["recipe"], said["found"], said["config"]["steps"], said["made"]["processes"]) == ("some", None, 3, 1)
+    with pytest.raises(OptionError, match="--resume, or give another folder"):
+        Run("some", Config(output=tmp_path / "a"))
+    Run("some", Config(output=tmp_path / "a", resume=True))
+    with pytest.raises(OptionError, match="seed is 0 there and 1 here"):
+        Run("some", Config(output=tmp_path / "a", resume=True, seed=1))
+    with pytest.raises(OptionError, match="recipe is 'some' there and 'other' here"):
+        Run("other", Config(output=tmp_path / "a", resume=True))
+    (tmp_path / "a" / "config.json").write_text("{")
+    with pytest.raises(OptionError, match="not JSON"):
+        Run("some", Config(output=tmp_path / "a", resume=True))
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="is a file"):
+        Run("some", Config(output=tmp_path / "file"))
+
+
+def test_a_tracker_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match="pip install wandb"):
+        Run("some", Config(output=tmp_path / "a", tracker=("wandb",)))
+    assert not (tmp_path / "a").exists()
+
+
+def test_metrics_are_sent_to_a_tracker(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    words = ["--preset", "smoke", "2d", "--steps", "2", "--eval-every", "1", "--no-check", "--spread", "1.0"]
+    results("synthetic", [*words, "--cache-dir", "p", "--output", "a", "--tracker", "tensorboard"], tmp_path)
+    (events, *_) = (tmp_path / "a").glob("**/events.out.tfevents.*")
+    assert b"phase-1-mean/cosines_spearman" in events.read_bytes()
