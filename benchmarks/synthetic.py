@@ -30,6 +30,7 @@ COLUMNS = {
     "coverage": "coverage of 95 % caps",
 }
 SEEDS, SAMPLER_SEEDS = (4, 5, 6, 7, 8), (4, 5, 6)
+_DIMENSIONS = "--input-dim {d} --latent-dim {d} --encoder-dim {d} --steps 4000 --kappa-steps 1500"
 Case = tuple[str, tuple[str, ...], tuple[int, ...]]
 """Name of a row, words of the command line, seeds."""
 PARTS: dict[str, tuple[Case, ...]] = {
@@ -39,7 +40,7 @@ PARTS: dict[str, tuple[Case, ...]] = {
         ("HIB", ("--loss", "hib"), SEEDS),
     ),
     "samplers": tuple(
-        (f"d = {d}, {sampler}", ("--preset", "default", f"dim-{d}", "--sampler", sampler), SAMPLER_SEEDS)
+        (f"d = {d}, {sampler}", (*_DIMENSIONS.format(d=d).split(), "--sampler", sampler), SAMPLER_SEEDS)
         for d in (10, 16, 32)
         for sampler in ("exact", "paper")
     ),

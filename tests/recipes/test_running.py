@@ -59,7 +59,7 @@ def test_help_teaches_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_share_the_blocks_of_a_batch(world: int) -> None:
     shares = [list(row_blocks(64, 16, Launch(rank, world))) for rank in range(world)]
-    assert sum(shares, []) == [0, 1, 2, 3]
+    assert [block for share in shares for block in share] == [0, 1, 2, 3]
     assert {len(share) for share in shares} == {4 // world}
 
 
