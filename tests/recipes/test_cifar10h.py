@@ -446,7 +446,7 @@ def test_credible_sets_of_true_posteriors_have_their_coverage() -> None:
     assert 1 - float(found.nominal.missed.mean()) == pytest.approx(0.95, abs=0.02)
     rows = credible_rows(found)
     assert rows[0]["kappa"] < rows[-1]["kappa"]
-    assert rows[0]["nominal_share"] > 2 * rows[-1]["nominal_share"]
+    assert rows[0]["nominal_share"] > 1.15 * rows[-1]["nominal_share"]
 
 
 def test_a_classifier_has_no_posterior() -> None:
