@@ -79,7 +79,7 @@ class ImagesConfig(RecipeConfig):
     """dimensions of the embedding that the loss sees"""
     batch_size: int = 128
     """images a step, two views of each, over all processes; a multiple of 32"""
-    steps: int = 600
+    steps: int = 500
     """optimiser steps"""
     every: int = 100
     """steps between two evaluations and checkpoints"""
@@ -91,7 +91,7 @@ class ImagesConfig(RecipeConfig):
     """least share of an image's area in a crop"""
     train_images: int | None = None
     """only the first so many training images"""
-    read_images: int = 10_000
+    read_images: int = 5000
     """training images that the readouts are fitted on, and as many test images to score them, the first ones"""
     views: int = 4
     """stored views of each training image of a frozen encoder"""
@@ -126,7 +126,7 @@ PRESETS: dict[str, running.Preset] = {
     "aninfonce": {"loss": "aninfonce"},
     "infonce": {"loss": "infonce"},
     "post-hoc": {
-        "encoder": "frozen", "train_images": 9000, "read_images": 5000, "steps": 1000, "every": 250, "batch_size": 256,
+        "encoder": "frozen", "train_images": 9000, "steps": 1000, "every": 250, "batch_size": 256,
     },
 }  # fmt: skip
 
