@@ -160,7 +160,7 @@ def main(
     name: str,
     config: type[C],
     presets: Mapping[str, Preset],
-    run: Callable[[C], None],
+    run: Callable[[C], Any],
     about: str | None,
     knobs: str,
     arguments: Sequence[str] | None = None,

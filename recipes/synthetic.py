@@ -168,10 +168,8 @@ class SyntheticStep(nn.Module):
         drawn = self.draw(Numbers([step_generator(*place, 0) for place in places], BLOCK), negatives)
         # the networks see all rows at once; the loss goes block by block, each with its own random numbers
         posteriors = [[None] * len(places) if x is None else self._encode(x) for x in drawn]
-        losses = [
-            self._loss(*block, step_generator(*place, 1, device=drawn[0].device))
-            for place, *block in zip(places, *posteriors, strict=True)
-        ]
+        generators = [step_generator(*place, 1, device=drawn[0].device) for place in places]
+        losses = [self._loss(*block) for block in zip(*posteriors, generators, strict=True)]
         return torch.stack(losses).mean()
 
     def _encode(self, x: Tensor) -> list[Any]:
@@ -294,10 +292,10 @@ def run(config: SyntheticConfig) -> dict[str, Any]:
 
 
 _OURS: Preset = {"encoder_width": 64, "encoder_hidden": 2, "schedule": "cosine", "lr": 2e-3, "batch_size": 128,
-                 "samples": 16, "negatives": 4, "mean_negatives": 4, "negative_weight": 1.0}  # fmt: skip
+                 "samples": 16, "negatives": 32, "mean_negatives": 4, "negative_weight": 1.0}  # fmt: skip
 PRESETS: dict[str, Preset] = {
     "smoke": {**_OURS, "steps": 150, "eval_every": 50, "eval_rows": 500, "check": True},
-    "default": {**_OURS, "steps": 8000, "kappa_steps": 2000},
+    "default": {**_OURS, "steps": 8000, "kappa_steps": 1500},
     "paper": {"batch_size": 512, "samples": 512, "negatives": 32, "eval_rows": 10_000, "acceptance": "paper", "sampler": "paper"},
     "ambiguous": {"kappa_low": 16.0, "kappa_high": 32.0},
     "clear": {"kappa_low": 64.0, "kappa_high": 128.0},

@@ -22,9 +22,10 @@ class MCInfoNCE(nn.Module):
     loss = -mean_i log mean_s exp(a) / (exp(a) + w sum_m exp(c_m)), a = tau z_i.z_i+ and c_m = tau z_i.z_m-.
     The logarithm of a mean biases it upward by O(1/n_samples).
 
-    Where positives are as likely as exp(tau cosine) beside negatives, w = 1 is least at the true posteriors whatever the
-    number M of negatives; w = 1 / M, the paper's average, only at M = 1: at M = 8 and tau = 20 it prefers cosines shrunk by
-    a third or more (benchmarks/synthetic.py).
+    Where positives are exp(tau cosine) times as likely as negatives, up to a factor, w = 1 is least at the true posteriors in
+    the limit of many negatives. With few, concentrations come out too large (in benchmarks/synthetic.py, true means given, 1.5
+    times at M = 4 and 1.0 times at M = 32). w = 1 / M, the paper's average, prefers cosines that are shrunk by a third or more
+    at M = 8 and tau = 20.
 
     Args:
         concentration: tau > 0, the inverse temperature; another quantity than the posteriors' kappa.
