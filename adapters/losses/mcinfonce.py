@@ -23,9 +23,9 @@ class MCInfoNCE(nn.Module):
     The logarithm of a mean biases it upward by O(1/n_samples).
 
     Where positives are exp(tau cosine) times as likely as negatives, up to a factor, w = 1 is least at the true posteriors in
-    the limit of many negatives. With few, concentrations come out too large (in benchmarks/synthetic.py, true means given, 1.5
-    times at M = 4 and 1.0 times at M = 32). w = 1 / M, the paper's average, prefers cosines that are shrunk by a third or more
-    at M = 8 and tau = 20.
+    the limit of many negatives. With few, concentrations come out too large: 1.5 times beside true means at M = 4, 1.0 times at
+    M = 32 (benchmarks/synthetic_negatives.py). w = 1 / M, the paper's average, prefers cosines that are shrunk, by a third or
+    more at M = 8 and tau = 20.
 
     Args:
         concentration: tau > 0, the inverse temperature; another quantity than the posteriors' kappa.
