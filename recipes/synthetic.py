@@ -166,23 +166,32 @@ class SyntheticStep(nn.Module):
     def forward(self, stage: int, step: int, negatives: int) -> Tensor:
         places = [(self.config.seed, TRAINING, stage, step, block) for block in self.blocks]
         drawn = self.draw(Numbers([step_generator(*place, 0) for place in places], BLOCK), negatives)
-        # the networks see all rows at once; the loss goes block by block, each with its own random numbers
-        posteriors = [[None] * len(places) if x is None else self._encode(x) for x in drawn]
+        # the networks see all images at once; the loss goes block by block, each with its own random numbers
         generators = [step_generator(*place, 1, device=drawn[0].device) for place in places]
-        losses = [self._loss(*block) for block in zip(*posteriors, generators, strict=True)]
+        losses = [self._loss(*block) for block in zip(*self._encode(drawn), generators, strict=True)]
         return torch.stack(losses).mean()
 
-    def _encode(self, x: Tensor) -> list[Any]:
-        found = self.encoder(x)
-        return [
-            VonMisesFisher(mu, kappa, validate_args=False)
-            for mu, kappa in zip(found.mean_direction.split(BLOCK), found.concentration.split(BLOCK), strict=True)
+    def _encode(self, drawn: Sequence[Tensor | None]) -> list[list[Any]]:
+        """The posteriors of each block, for anchors, positives and negatives; None for those that are not there."""
+        images = [x for x in drawn if x is not None]
+        sizes = [x[..., 0].numel() for x in images]
+        found = self.encoder(torch.cat([x.flatten(0, -2) for x in images]))
+        means, kappas = found.mean_direction.split(sizes), found.concentration.split(sizes)
+        posteriors: list[list[Any]] = [
+            _in_blocks(mean.unflatten(0, x.shape[:-1]), kappa.unflatten(0, x.shape[:-1]))
+            for x, mean, kappa in zip(images, means, kappas, strict=True)
         ]
+        return [*posteriors, *[[None] * len(posteriors[0])] * (3 - len(posteriors))]
 
     def _loss(self, anchor: Any, positive: Any, negatives: Any, generator: torch.Generator) -> Tensor:
         if isinstance(self.criterion, ExpectedLikelihoodKernel):  # exact: nothing to draw
             return self.criterion(anchor, positive, negatives)
         return self.criterion(anchor, positive, negatives, generator)
+
+
+def _in_blocks(mean: Tensor, kappa: Tensor) -> list[VonMisesFisher]:
+    blocks = zip(mean.split(BLOCK), kappa.split(BLOCK), strict=True)
+    return [VonMisesFisher(mu, size, validate_args=False) for mu, size in blocks]
 
 
 def make_criterion(config: SyntheticConfig) -> nn.Module:

@@ -150,7 +150,7 @@ class Process(nn.Module):
         """For each latent [N, d], of rows [N], an image [N, inputs] that matches it, or one that does not."""
         taken = z.new_empty(len(z), self.config.inputs)
         left = torch.arange(len(z))
-        each = CANDIDATES if matching else 1  # few images match, nearly all do not
+        each = CANDIDATES if matching else 2  # few images match, nearly all do not
         while len(left):
             now, latent = rows[left], z[left.to(z.device), None]
             x = self.images(numbers, now, each)
@@ -158,7 +158,7 @@ class Process(nn.Module):
             good = (numbers.uniform(now, each).to(chance) < chance) == matching
             found, place = (v.cpu() for v in good.max(1))  # the first good one
             taken[left[found].to(z.device)] = x[found.to(z.device), place[found].to(z.device)]
-            left = left[~found]
+            left, each = left[~found], 4 * each  # the few that are left get more at a time
         return taken
 
 
