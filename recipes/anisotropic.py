@@ -63,7 +63,7 @@ class AnisotropicConfig(RecipeConfig):
     """learned precision for each dimension, or one temperature for all"""
     hard_negatives: float = 0.0
     """beta of AnInfoNCE's weights of negatives; the learned precision is then the true one over 1 + beta"""
-    temperature: float = 0.1
+    temperature: float = 1.0
     """of infonce, at the start"""
     learn_temperature: bool = True
     """whether infonce learns its temperature"""
@@ -71,9 +71,9 @@ class AnisotropicConfig(RecipeConfig):
     """whiten the encoder's inputs and begin with embeddings all over the sphere; the paper's code does neither"""
     reference: bool = False
     """AnInfoNCE as the paper's code, whose second view's rows have the wrong negatives"""
-    batch_size: int = 256
+    batch_size: int = 64
     """positive pairs a step, over all processes; a multiple of 8"""
-    steps: int = 6000
+    steps: int = 5000
     """optimiser steps"""
     every: int = 250
     """steps between two evaluations"""
@@ -104,11 +104,11 @@ class AnisotropicConfig(RecipeConfig):
 
 
 PRESETS: dict[str, running.Preset] = {
-    "smoke": {"batch_size": 128, "steps": 1000, "expect_r2": 0.95},
+    "smoke": {"steps": 1500, "expect_r2": 0.95},
     "default": {},
     "bimodal": {"layout": "bimodal"},
     "linear": {"layout": "linear"},
-    "n10": {"dim": 10, "lr": 1e-3},
+    "n10": {"dim": 10, "batch_size": 256, "steps": 6000, "lr": 1e-3},
     "paper": {
         "dim": 10, "sampler": "shell", "standardize": False, "reference": True, "batch_size": 1000, "steps": 300_003, "lr": 1e-4,
         "lr_precision": 1e-3, "schedule": "constant",

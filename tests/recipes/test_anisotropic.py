@@ -122,7 +122,7 @@ def test_variants_run(names: list[str], tmp_path: Path) -> None:
     assert (learned > 0).all()
     if "infonce" in names:
         assert learned.unique().numel() == 1
-        assert float(learned[0, 0]) == pytest.approx(10.0, rel=0.2)
+        assert float(learned[0, 0]) == pytest.approx(1.0, rel=0.2)
     if "hard-negatives" in names:
         assert _results(tmp_path / "run")["precision"]["expected"] == [[2.5, 2.5, 12.5, 12.5]]
 
