@@ -18,17 +18,22 @@ from typing import Any
 
 import numpy as np
 
+from posthoc.eval.plots import legend, page
+from posthoc.recipes.anisotropic_readout import bars
+
 VARIANTS: dict[str, list[str]] = {
     "InfoNCE": ["--preset", "infonce"],
+    "InfoNCE, learned temperature": ["--preset", "infonce", "--learn-temperature"],
     "AnInfoNCE": ["--preset", "aninfonce"],
     "post-hoc InfoNCE": ["--preset", "post-hoc", "infonce"],
+    "post-hoc InfoNCE, learned temperature": ["--preset", "post-hoc", "infonce", "--learn-temperature"],
     "post-hoc AnInfoNCE": ["--preset", "post-hoc", "aninfonce"],
 }
 """Runs by name; what they have in common stands once in a table."""
 
 
 def folder_of(output: Path, name: str, seed: int) -> Path:
-    return output / f"{name.replace(' ', '-').lower()}-{seed}"
+    return output / f"{name.replace(',', '').replace(' ', '-').lower()}-{seed}"
 
 
 def run(words: list[str], folder: Path) -> dict[str, Any]:
@@ -78,6 +83,22 @@ def gains(found: dict[str, list[dict[str, Any]]], one: str, other: str) -> str:
     return f"{other} less {one}, same seed: " + "; ".join(lines)
 
 
+def draw(path: Path, found: dict[str, list[dict[str, Any]]], names: list[str]) -> None:
+    """Means over seeds of what can be read from the projection."""
+    columns = [name for name in found[names[0]][0]["readouts"]["projection"] if name != "augmentation"]
+    means = {
+        name.removeprefix("post-hoc "): [
+            float(np.mean([one["readouts"]["projection"][column] for one in found[name]])) for column in columns
+        ]
+        for name in names
+    }
+    with page(path, 8.4, 3.8) as figure:
+        axis = figure.subplots()
+        bars(axis, means, columns)
+        axis.set(title="Read from the projection", ylabel="accuracy or R², %")
+        legend(figure, axis, 4)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10 and of ResNet-20's weights")
@@ -93,15 +114,16 @@ def main() -> None:
         for name, runs in found.items():
             words = [*VARIANTS[name], *common, "--seed", str(seed)]
             runs.append(run(words, folder_of(arguments.output, name, seed)))
-    for kind, chosen in (("Trained here", False), ("Projection of frozen features", True)):
-        names = [name for name in found if name.startswith("post-hoc") == chosen]
+    for kind, post_hoc in (("Trained here", False), ("Projection of frozen features", True)):
+        names = [name for name in found if name.startswith("post-hoc") == post_hoc]
         if not names:
             continue
         seconds = spread(one["made"]["seconds"] / 60 for name in names for one in found[name])
         print(f"{kind}, {len(arguments.seeds)} seeds, {seconds} minutes a run:\n")
         print("\n".join(table(found, names)) + "\n")
-        if len(names) == 2:
-            print(gains(found, *names) + "\n")
+        draw(arguments.output / f"{'post_hoc' if post_hoc else 'trained'}.png", found, names)
+        for reference in names[:-1]:
+            print(gains(found, reference, names[-1]) + "\n")
 
 
 if __name__ == "__main__":

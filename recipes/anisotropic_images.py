@@ -79,7 +79,7 @@ class ImagesConfig(RecipeConfig):
     """dimensions of the embedding that the loss sees"""
     batch_size: int = 128
     """images a step, two views of each, over all processes; a multiple of 32"""
-    steps: int = 500
+    steps: int = 400
     """optimiser steps"""
     every: int = 100
     """steps between two evaluations and checkpoints"""
