@@ -190,7 +190,9 @@ def run(config: Cifar10HConfig) -> None:
     backbone.to(run.device)
     fractions = crop_fractions(len(data.images), config.seed)
     crops = cropped(data.images, fractions)
-    free = None if config.scratch else (_extract(config, backbone, data.images), _extract(config, backbone, crops))
+    free = None
+    if not config.scratch:
+        free = tuple(_extract(config, backbone, one) for one in (data.images, crops, data.images[:, :, ::-1]))
     inputs, labels, training = _inputs(config, backbone, data, crops, data_dir)
     features = _feature_inputs(config, backbone, data, crops) if config.trains_head_first else None
     given = Given(run, config, data, backbone, fractions, inputs, features, labels, training)
@@ -242,8 +244,12 @@ def one_fold(given: Given, fold: int, train: np.ndarray, validation: np.ndarray,
             f"fold {fold}: the rank correlation with the votes' entropy is {best['human_spearman']:.3f} after training and "
             f"{first['human_spearman']:.3f} before: nothing was learned"
         )
-    answers = [answer(network, inputs, part, crop) for part, crop in ((validation, False), (test, False), (test, True))]
-    return Fold(validation, test, first, history, *answers)
+    known, tested = answer(network, inputs, validation), answer(network, inputs, test)
+    crops = answer(network, inputs, test, crop=True)
+    mirrored = None
+    if isinstance(inputs, ImageInputs):
+        mirrored = [answer(network, inputs, part, mirrored=True) for part in (validation, test)]
+    return Fold(validation, test, first, history, known, tested, crops, mirrored)
 
 
 def _inputs(

@@ -165,15 +165,16 @@ def cropped(images: np.ndarray, fractions: np.ndarray) -> np.ndarray:
 
 
 class ImageInputs:
-    """Images as the network takes them, whole, cropped by the stored fractions, or as a training step sees them."""
+    """Images as the network takes them: whole (or mirrored), cropped by the stored fractions, or as a step sees them."""
 
     def __init__(self, images: np.ndarray, crops: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.images, self.crops = images, crops
         self.mean, self.std = (255 * torch.tensor(x).view(1, 3, 1, 1) for x in (mean, std))
 
-    def whole(self, rows: np.ndarray, crop: bool = False) -> Tensor:
+    def whole(self, rows: np.ndarray, crop: bool = False, mirrored: bool = False) -> Tensor:
         """float32 [B,3,32,32]."""
-        return self._normalised((self.crops if crop else self.images)[rows])
+        pixels = (self.crops if crop else self.images)[rows]
+        return self._normalised(pixels[:, :, ::-1] if mirrored else pixels)
 
     def training(self, rows: Tensor, crops: float, augment: bool, generator: torch.Generator) -> Tensor:
         """A share `crops` of the rows as random centre crops; all moved and mirrored at random if `augment`."""
@@ -203,8 +204,8 @@ class FeatureInputs:
             torch.from_numpy(np.array(x, dtype=np.float32)) for x in (features, crops, training_crops)
         )
 
-    def whole(self, rows: np.ndarray, crop: bool = False) -> Tensor:
-        """float32 [B, D]."""
+    def whole(self, rows: np.ndarray, crop: bool = False, mirrored: bool = False) -> Tensor:
+        """float32 [B, D]; there are none of mirrored images."""
         return (self.crops if crop else self.features)[torch.from_numpy(rows)]
 
     def training(self, rows: Tensor, crops: float, augment: bool, generator: torch.Generator) -> Tensor:

@@ -29,6 +29,7 @@ from .cifar10h_data import CifarH
 from .cifar10h_training import Answer
 
 ENTROPY, ENERGY, NORM = "entropy", "energy", "1/feature-norm"
+TWO_VIEWS = "two views"
 LEARNED, FREE = "embedding", "backbone's features"
 ALPHA = 0.05
 BINS = 5
@@ -37,7 +38,10 @@ BINS = 5
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows, what was watched, and what the fold's network says of validation images, test images and their crops."""
+    """Rows, what was watched, and what the fold's network says of validation images, test images and their crops.
+
+    mirrored: what it says of validation and test images mirrored, where it is given images.
+    """
 
     validation: np.ndarray
     test: np.ndarray
@@ -46,11 +50,13 @@ class Fold:
     on_validation: Answer
     on_test: Answer
     on_crops: Answer
+    mirrored: list[Answer] | None = None
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What is judged: the folds, and the features of the backbone as it was (images, crops) to compare with, if trained.
+    """What is judged: the folds, and the features of the backbone as it was (images, crops, mirrored images) to compare
+    with, if it was a trained one.
 
     score: name of the networks' own uncertainty.
     """
@@ -58,7 +64,7 @@ class Judged:
     data: CifarH
     fractions: np.ndarray
     folds: list[Fold]
-    free: tuple[Features, Features] | None
+    free: tuple[Features, ...] | None
     score: str
 
     @property
@@ -67,40 +73,51 @@ class Judged:
         return np.concatenate([fold.test for fold in self.folds])
 
 
-def comparable(one: Answer, validation: Answer) -> np.ndarray:
-    """Uncertainties on a scale that folds share, [N]: entropies as they are; of kappas the logarithm, less its mean over
-    the fold's validation images and over its standard deviation there."""
-    if one.kappa is None:
-        return one.uncertainty
-    known = np.log(validation.uncertainty)
-    return (np.log(one.uncertainty) - known.mean()) / known.std()
+def comparable(ones: list[Answer], validation: list[Answer]) -> np.ndarray:
+    """Uncertainties on a scale that folds share, [N], from one or two views of each image: the mean of the entropies as
+    they are; of kappas the mean logarithm, less its mean over the fold's validation images, by its deviation there."""
+    if ones[0].kappa is None:
+        return np.mean([one.uncertainty for one in ones], 0)
+    mine, known = (np.mean([np.log(one.uncertainty) for one in some], 0) for some in (ones, validation))
+    return (mine - known.mean()) / known.std()
 
 
 def all_scores(judged: Judged) -> dict[str, np.ndarray]:
-    """By score, float [N, 2]: of the test images and of their crops, higher = less certain."""
+    """By score, float [N, 2]: of the test images and of their crops, higher = less certain; [N, 1] of two views."""
     own = [
-        np.stack([comparable(one, fold.on_validation) for one in (fold.on_test, fold.on_crops)], 1)
+        np.stack([comparable([one], [fold.on_validation]) for one in (fold.on_test, fold.on_crops)], 1)
         for fold in judged.folds
     ]
     scores = {judged.score: np.concatenate(own)}
+    views = [
+        comparable([fold.on_test, fold.mirrored[1]], [fold.on_validation, fold.mirrored[0]])
+        for fold in judged.folds
+        if fold.mirrored is not None
+    ]
+    if views:
+        scores[f"{judged.score}, {TWO_VIEWS}"] = np.concatenate(views)[:, None]
     if judged.free is None:
         return scores
     for name, of in ((ENTROPY, entropy), (ENERGY, energy), (NORM, None)):
         both = []
-        for one in judged.free:
+        for one in judged.free[:2]:
             assert one.logits is not None
             both.append(inverse_norm(one.embedding) if of is None else of(one.logits))
         scores[name] = np.stack(both, 1)[judged.rows]
+    if views:
+        mean = np.mean([np.asarray(one.logits) for one in (judged.free[0], judged.free[2])], 0)
+        scores[f"{ENTROPY}, {TWO_VIEWS}"] = entropy(mean)[judged.rows, None]
     return scores
 
 
 def ambiguity(judged: Judged, scores: Mapping[str, np.ndarray], resamples: int, seed: int) -> Table:
     """Scores against the votes' entropy and against what was cut away. Differences: from the entropy, from 1/feature-norm."""
     doubt, cut = vote_entropy(judged.data.votes[judged.rows]), 1 - judged.fractions[judged.rows]
+    cropped = {name: u for name, u in scores.items() if u.shape[1] > 1}
     made: list[tuple[str, str, dict[str, Statistic]]] = [
         ("human_spearman", ENTROPY, {name: Spearman(u[:, 0], doubt) for name, u in scores.items()}),
-        ("crop_spearman", NORM, {name: Spearman(u[:, 1], cut) for name, u in scores.items()}),
-        ("crop_less_certain", NORM, {name: Mean(u[:, 1] > u[:, 0]) for name, u in scores.items()}),
+        ("crop_spearman", NORM, {name: Spearman(u[:, 1], cut) for name, u in cropped.items()}),
+        ("crop_less_certain", NORM, {name: Mean(u[:, 1] > u[:, 0]) for name, u in cropped.items()}),
     ]
     cells: dict[str, dict[str, Cell]] = {name: {} for name in scores}
     for metric, reference, statistics in made:
@@ -110,6 +127,7 @@ def ambiguity(judged: Judged, scores: Mapping[str, np.ndarray], resamples: int, 
         f"{len(judged.rows)} test images in {len(judged.folds)} folds, each scored by a network that has not seen it",
         "human_spearman: rank correlation with the votes' entropy, bold above the entropy's beyond the paired interval; "
         "crop_spearman: of the score of the image's centre crop with the share cut away, bold above 1/feature-norm's",
+        f"{TWO_VIEWS}: the mean of log kappa, or of the logits, over the image and its mirror image",
     )
     return Table("cifar10h: ambiguity", tuple(metric for metric, *_ in made), cells, notes)
 
@@ -263,7 +281,8 @@ def draw(
     resamples: int, seed: int,
 ) -> None:  # fmt: skip
     """Rank correlations, people's doubt by decile of the scores, error against reject, and credible sets against kappa."""
-    look = looks([judged.score], [name for name in scores if name != judged.score])
+    own = [name for name in scores if name.startswith(judged.score)]
+    look = looks(own, [name for name in scores if name not in own])
     doubt = vote_entropy(judged.data.votes[judged.rows])
     with page(path, 12, 8) as figure:
         axes = figure.subplots(2, 2)

@@ -149,11 +149,11 @@ def _fixed_kappa(one: VonMisesFisher) -> VonMisesFisher:
 
 
 @torch.no_grad()
-def answer(network: nn.Module, inputs: Inputs, rows: np.ndarray, crop: bool = False) -> Answer:
-    """What the network says of the images `rows`, whole or cropped. Every process of a launch asks for itself."""
+def answer(network: nn.Module, inputs: Inputs, rows: np.ndarray, crop: bool = False, mirrored: bool = False) -> Answer:
+    """What the network says of the images `rows`, whole, cropped or mirrored. Every process of a launch asks for itself."""
     device = next(network.parameters()).device
     network.eval()
-    parts = [network(inputs.whole(rows[i : i + ROWS], crop).to(device)) for i in range(0, len(rows), ROWS)]
+    parts = [network(inputs.whole(rows[i : i + ROWS], crop, mirrored).to(device)) for i in range(0, len(rows), ROWS)]
     if isinstance(parts[0], VonMisesFisher):
         embedding = torch.cat([one.mean_direction for one in parts])
         kappa = torch.cat([one.concentration for one in parts]).double().cpu().numpy()

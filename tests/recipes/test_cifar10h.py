@@ -74,8 +74,11 @@ def test_a_run_writes_what_it_found(unbroken: Path) -> None:
     found = json.loads((unbroken / "results.json").read_text())
     names = [table["title"] for table in found["tables"]]
     assert names[:2] == ["cifar10h: ambiguity", "cifar10h: retrieval"]
-    assert set(found["tables"][0]["scores"]) == {"1/kappa", "entropy", "energy", "1/feature-norm"}
-    assert found["credible_sets"]["nominal"]["queries"] == ROWS // 5
+    assert set(found["tables"][0]["scores"]) == {
+        "1/kappa", "1/kappa, two views", "entropy", "energy", "1/feature-norm", "entropy, two views",
+    }  # fmt: skip
+    nominal = found["credible_sets"]["nominal"]
+    assert nominal["queries"] + nominal["queries_without_truth"] == ROWS // 5
     assert all((unbroken / name).stat().st_size for name in ("cifar10h.png", "results.md", "scores.npz", "config.json"))
     records = [json.loads(line) for line in metrics(unbroken)["fold0"].splitlines()]
     assert [record["step"] for record in records] == [2, 4, 6]
@@ -330,6 +333,7 @@ def test_training_images_are_cropped_moved_and_mirrored() -> None:
     moved = inputs.training(rows, 0.0, True, step_generator(0))
     assert not torch.equal(moved, plain)
     assert torch.equal(moved, inputs.training(rows, 0.0, True, step_generator(0)))
+    torch.testing.assert_close(inputs.whole(np.arange(8), mirrored=True), plain.flip(3))
     crops = inputs.training(rows, 1.0, False, step_generator(0))
     assert not any(torch.equal(a, b) for a, b in zip(crops, plain, strict=True))
 
@@ -424,12 +428,12 @@ def test_scores_of_folds_share_a_scale() -> None:
     """A fold whose kappas are a power of another's says the same, and entropies are left alone."""
     kappa = np.exp(np.random.default_rng(0).normal(3, 1, 300))
     embedding = np.ones((300, 3))
-    one = comparable(_answer(embedding, kappa), _answer(embedding, kappa))
-    other = comparable(_answer(embedding, 7 * kappa**1.7), _answer(embedding, 7 * kappa**1.7))
+    one = comparable([_answer(embedding, kappa)], [_answer(embedding, kappa)])
+    other = comparable([_answer(embedding, 7 * kappa**1.7)] * 2, [_answer(embedding, 7 * kappa**1.7)] * 2)
     np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
     assert (np.argsort(one) == np.argsort(1 / kappa)).all()
     plain = Answer(embedding, kappa, logits=embedding)
-    np.testing.assert_array_equal(comparable(plain, plain), kappa)
+    np.testing.assert_array_equal(comparable([plain, plain], [plain, plain]), kappa)
 
 
 def test_credible_sets_of_true_posteriors_have_their_coverage() -> None:
