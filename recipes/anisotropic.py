@@ -1,9 +1,13 @@
 """AnInfoNCE's controlled experiment: latents whose dimensions augmentations change more or less, and who recovers them.
 
-    python -m posthoc.recipes.anisotropic --output runs/bimodal
-    accelerate launch -m posthoc.recipes.anisotropic --preset n10 linear --output runs/n10
+    accelerate launch -m posthoc.recipes.anisotropic --output runs/bimodal
+    accelerate launch -m posthoc.recipes.anisotropic --preset n10 --output runs/n10
+    python -m posthoc.recipes.anisotropic --preset images --output runs/images      # see anisotropic_images
 
-COST
+Preset `default` took 112 to 153 s on one core of a machine that others were using (33 to 46 steps a second), 0.9 GB of
+memory. To expect with seed 0, on latents that nothing was fitted on: R^2 .998, and for precisions of 5, 5, 25, 25 (MCC .86:
+latents of one precision may come out turned) 5.2, 5.3, 23.1, 24.6; `--preset linear`: R^2 .998, MCC .999, and 5.2, 12.1,
+18.0, 24.1 for 5, 11.7, 18.3, 25.
 """
 
 from __future__ import annotations
@@ -83,8 +87,8 @@ class AnisotropicConfig(RecipeConfig):
     """Adam's learning rate of the precision or the temperature"""
     schedule: Literal["cosine", "constant"] = "cosine"
     """of both learning rates; cosine begins with a warm-up of 2 %"""
-    expect_r2: float = -math.inf
-    """raise unless the last R^2 reaches this"""
+    expect_r2: float | None = None
+    """fail unless R^2 on rows not fitted on reaches this"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -238,8 +242,8 @@ def run(config: AnisotropicConfig) -> None:
         draw(config.output, history.records, module.precision, judge.truth)
         print(table(results))
     run.finish(results)
-    if results["latents"]["r2_held_out"]["mean"] < config.expect_r2:
-        reached = results["latents"]["r2_held_out"]["mean"]
+    reached = results["latents"]["r2_held_out"]["mean"]
+    if config.expect_r2 is not None and reached < config.expect_r2:
         raise PosthocError(f"R^2 is {reached:.3f} after {config.steps} steps; expected {config.expect_r2} or more")
 
 

@@ -26,7 +26,8 @@ class AnInfoNCE(nn.Module):
         dim: D of the embeddings.
         initial_precision: Lambda at the start, a number or [dim].
         hard_negatives: beta >= 0. The sum over the negatives of row i becomes (2N - 2) sum_j w_ij exp(s_ij) with w_ij in
-            proportion to exp(beta s_ij); the weights get no gradient. 0 is the plain loss.
+            proportion to exp(beta s_ij); the weights get no gradient. 0 is the plain loss. Negatives are then as if drawn
+            with density exp(beta s), so the precision learned is the true one over 1 + beta.
         reference: as the paper's code, whose rows of view 2 have exp s(z1_i, z2_j) among their negatives where
             exp s(z2_i, z1_j) is right: up to 0.8 % of the loss and 9 % of its gradient in the golden cases, and NT-Xent
             is no longer the special case. It holds several matrices [N, N], where the plain loss holds one [2N, 2N].

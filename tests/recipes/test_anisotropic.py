@@ -207,7 +207,7 @@ def test_a_run_that_does_not_learn_says_so(tmp_path: Path) -> None:
     with pytest.raises(PosthocError, match=r"after 2 steps; expected 0\.999"):
         anisotropic.run(config)
     with pytest.raises(OptionError, match="holds a run already"):
-        anisotropic.run(replace(config, expect_r2=-1.0))
+        anisotropic.run(replace(config, expect_r2=None))
 
 
 def test_images_are_the_other_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
