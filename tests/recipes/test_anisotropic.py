@@ -92,20 +92,23 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(unbroken: Path, tmp
         assert _results(tmp_path / "run")[name] == _results(unbroken)[name]
 
 
-def test_two_processes_train_as_one(unbroken: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    # few and short steps: Adam makes whole steps of gradients that are rounding errors
+    words = ["--dim", "3", "--batch-size", "64", "--steps", "6", "--every", "3", "--lr", "1e-4"]
+    main([*words, "--output", str(tmp_path / "one")])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", port]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "posthoc.recipes.anisotropic", *SMALL, "--output", "run"],
+        [sys.executable, "-m", *launcher, "-m", "posthoc.recipes.anisotropic", *words, "--output", "two"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert _results(tmp_path / "run")["made"]["processes"] == 2
-    for two, one in zip(_records(tmp_path / "run"), _records(unbroken), strict=True):
-        assert two == pytest.approx(one, rel=2e-3)  # rounding, after up to 180 steps of Adam
+    assert _results(tmp_path / "two")["made"]["processes"] == 2
+    for two, one in zip(_records(tmp_path / "two"), _records(tmp_path / "one"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
     assert done.stdout.count("Lambda learned") == 1
 
 
