@@ -2,7 +2,10 @@
 
     accelerate launch -m posthoc.recipes.cifar10h --data-dir DATA --output runs/cifar10h
 
-COST
+Takes 2 s for each optimiser step on a crowded core, .8 s on one of its own: 29 minutes were measured for the five folds with
+ResNet-20 (11 minutes of processor time), about one for `--preset posthoc`. To expect, seed 0, all 10,000 test images out of
+fold: Spearman of 1/kappa with the votes' entropy .379 (entropy of the softmax .359), with what a crop cuts away .80
+(1/feature-norm .59), recall@1 .886 (the backbone's features .878).
 """
 
 from __future__ import annotations
@@ -95,6 +98,8 @@ class Cifar10HConfig(RecipeConfig):
     """a of hib"""
     hib_shift: float = 1.0
     """b of hib"""
+    learnable: bool = False
+    """whether the loss's own numbers are trained too"""
     n_samples: int = 32
     """Monte-Carlo samples of each posterior"""
     n_negatives: int = 32

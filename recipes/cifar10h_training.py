@@ -46,13 +46,13 @@ class Answer:
 
 def make_loss(config: Cifar10HConfig) -> nn.Module | None:
     """The loss of posteriors; None for cross-entropy."""
-    samples, reference = config.n_samples, config.reference
+    samples, learnable, reference = config.n_samples, config.learnable, config.reference
     if config.loss == "mcinfonce":
-        return MCInfoNCE(config.concentration, samples, reference=reference)
+        return MCInfoNCE(config.concentration, samples, learnable, reference=reference)
     if config.loss == ELK:
-        return ExpectedLikelihoodKernel(config.concentration, reference=reference)
+        return ExpectedLikelihoodKernel(config.concentration, learnable, reference=reference)
     if config.loss == "hib":
-        return HedgedInstance(config.hib_scale, config.hib_shift, samples, reference=reference)
+        return HedgedInstance(config.hib_scale, config.hib_shift, samples, learnable, reference=reference)
     return None
 
 
