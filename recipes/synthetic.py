@@ -74,6 +74,8 @@ class SyntheticConfig(RecipeConfig):
     """of the encoder's hidden layers; 0: the paper's, 10, 50 and 10 times what a network gives out"""
     encoder_hidden: int = 6
     """layers between the encoder's first and last"""
+    spread_start: bool = False
+    """begin with the encoder's means all over the sphere, instead of nearly all in one place"""
     samples: int = 128
     """Monte-Carlo samples of the loss for each posterior"""
     negatives: int = 16
@@ -282,7 +284,10 @@ def run(config: SyntheticConfig) -> dict[str, Any]:
         ENCODER,
     )
     inputs = process.images_alone(CALIBRATION, step_generator(config.seed, ENCODER, 1))
-    encoder.to(run.device).calibrate(inputs, config.encoder_kappa_low, config.encoder_kappa_high)
+    encoder.to(run.device)
+    if config.spread_start:
+        encoder.spread(inputs)
+    encoder.calibrate(inputs, config.encoder_kappa_low, config.encoder_kappa_high)
     truth = Truth.of(process, config.eval_rows, step_generator(config.seed, FIXED))
     step = SyntheticStep(encoder, make_criterion(config).to(run.device), process, config, run.launch)
     start = round_figures(encoder, truth)
@@ -301,10 +306,11 @@ def run(config: SyntheticConfig) -> dict[str, Any]:
 
 
 _OURS: Preset = {"encoder_width": 64, "encoder_hidden": 2, "schedule": "cosine", "lr": 2e-3, "batch_size": 128,
-                 "samples": 16, "negatives": 32, "mean_negatives": 4, "negative_weight": 1.0}  # fmt: skip
+                 "samples": 16, "negatives": 32, "mean_negatives": 8, "negative_weight": 1.0, "spread_start": True,
+                 "encoder_kappa_low": 28.0, "encoder_kappa_high": 36.0}  # fmt: skip
 PRESETS: dict[str, Preset] = {
     "smoke": {**_OURS, "steps": 150, "eval_every": 50, "eval_rows": 500, "check": True},
-    "default": {**_OURS, "steps": 8000, "kappa_steps": 1500},
+    "default": {**_OURS, "phases": 2, "steps": 5000, "kappa_steps": 1000},
     "paper": {"batch_size": 512, "samples": 512, "negatives": 32, "eval_rows": 10_000, "acceptance": "paper", "sampler": "paper"},
     "ambiguous": {"kappa_low": 16.0, "kappa_high": 32.0},
     "clear": {"kappa_low": 64.0, "kappa_high": 128.0},
