@@ -7,8 +7,8 @@
 A run takes about 90 s of one core (3 to 6 minutes of the crowded machine it was measured on); post-hoc 26 s, and some five
 minutes once for the features of the frozen network's 54,000 images and views. To expect of post-hoc, over three seeds: the
 projection tells 15.8 % of what the augmentation did (mean R^2) with AnInfoNCE, 7.9 % with InfoNCE, and 13.3 % with InfoNCE
-that learns its temperature; the class readout is 90.3, 90.8 and 90.4 %. A network trained here for so short a time has more of
-the class with AnInfoNCE, and next to no more of the augmentation.
+that learns its temperature; the class readout is 90.3, 90.8 and 90.4 %. A network trained here for so short a time (class
+readout 34 % before, 42 % after) shows no difference between the losses beyond the spread over seeds.
 """
 
 from __future__ import annotations
