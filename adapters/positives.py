@@ -131,7 +131,7 @@ class SoftLabelPairs:
     """Positives by label distributions: draw a class from the anchor's, then a row in proportion to its share of it.
 
     Two rows are of the same class with probability <p_i, p_j>, which is also how they are kept from being negatives
-    (MCInfoNCE's CIFAR-10H experiment, arXiv 2302.02865, without its 8-bit ids).
+    (MCInfoNCE's CIFAR-10H experiment, arXiv 2302.02865, without its 8-bit ids). An anchor's own positive is never its negative.
     """
 
     def __init__(self, table: FeatureTable, labels: np.ndarray, rows: np.ndarray) -> None:
@@ -158,8 +158,10 @@ class SoftLabelPairs:
         if itself.any():  # one more try; an anchor that is alone in its class stays its own positive
             partner[itself] = self._partners(rows[itself], generator)
         p = self.labels[rows]
-        p_other = self.labels[partner]
-        return PairBatch(self.table[rows], self.table[partner], (1.0 - p @ p_other.T).clamp(0, 1).to(self.table.device))
+        other = (1.0 - p @ self.labels[partner].T).clamp(0, 1)
+        # of an ambiguous image even its own positive, and itself, would be of another class now and then
+        other[(partner == rows[:, None]) | (partner == partner[:, None])] = 0.0
+        return PairBatch(self.table[rows], self.table[partner], other.to(self.table.device))
 
 
 class ViewPairs:

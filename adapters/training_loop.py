@@ -97,9 +97,8 @@ def run_plan(module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any,
         module.to(accelerator.device)
     run = _Run(module, optimizer, schedule, accelerator, plan)
     history = run.resume()
-    prepared: Any = module
-    if launch.world > 1 or not plan.placed:
-        prepared, optimizer = accelerator.prepare(module, optimizer)
+    move = launch.world > 1 or not plan.placed
+    prepared, optimizer = accelerator.prepare(_Called(module), optimizer, device_placement=[move, move])
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     done = int(history.records[-1]["step"]) if history.records else 0
     start = time.perf_counter() - history.seconds
@@ -109,7 +108,7 @@ def run_plan(module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any,
             last = min(done + plan.every, plan.steps)
             total: Tensor | None = None
             for step in range(done, last):
-                loss = prepared(*plan.batch(step))
+                loss = prepared(_Arguments(plan.batch(step)))
                 optimizer.zero_grad(set_to_none=True)
                 accelerator.backward(loss)
                 if plan.clip is not None:
@@ -142,6 +141,24 @@ def run_plan(module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any,
         module.load_state_dict(run.best)
     module.eval()
     return history
+
+
+class _Arguments:
+    """What a forward takes, as it was given: what processes share on GPUs would move tensors, row numbers too, to the GPU."""
+
+    def __init__(self, values: tuple[Any, ...]) -> None:
+        self.values = values
+
+
+class _Called(nn.Module):
+    """The module, called with `_Arguments`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, arguments: _Arguments) -> Tensor:
+        return self.module(*arguments.values)
 
 
 @contextmanager
@@ -179,7 +196,8 @@ class _Run:
         if figure is None:
             history.best = place
             return
-        if history.best < 0 or history.records[place][figure] < history.records[history.best][figure]:
+        now, best = (history.records[i][figure] for i in (place, history.best))
+        if history.best < 0 or now < best or (math.isnan(best) and not math.isnan(now)):
             history.best, self.best = place, copy.deepcopy(self.module.state_dict())
         history.stopped = self.plan.patience is not None and place - history.best >= self.plan.patience
 

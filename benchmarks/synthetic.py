@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ COLUMNS = {
 }
 SEEDS, SAMPLER_SEEDS = (4, 5, 6, 7, 8), (4, 5, 6)
 _DIMENSIONS = "--input-dim {d} --latent-dim {d} --encoder-dim {d} --steps 4000 --kappa-steps 1500"
-Case = tuple[str, tuple[str, ...], tuple[int, ...]]
+Case = tuple[str, Sequence[str], tuple[int, ...]]
 """Name of a row, words of the command line, seeds."""
 PARTS: dict[str, tuple[Case, ...]] = {
     "losses": (
@@ -45,8 +46,15 @@ PARTS: dict[str, tuple[Case, ...]] = {
         for sampler in ("exact", "paper")
     ),
     "variants": tuple(
-        (name, ("--preset", "default", name), (4,))
-        for name in ("clear", "injective", "2d", "gaussian", "laplace", "shared-backbone", "encoder-4", "encoder-16")
+        (name, words.split(), (4,))
+        for name, words in {
+            **{
+                name: f"--preset {name}"
+                for name in ("clear", "injective", "2d", "gaussian", "laplace", "shared-backbone")
+            },
+            **{f"encoder of {d} dimensions": f"--encoder-dim {d}" for d in (4, 16)},
+            "negatives averaged, as in the paper": "--negative-weight None",
+        }.items()
     ),
 }
 
@@ -63,7 +71,7 @@ class Options:
     """runs at a time, one thread each"""
 
 
-def carried_out(folder: Path, words: tuple[str, ...], seed: int) -> dict[str, Any]:
+def carried_out(folder: Path, words: Sequence[str], seed: int) -> dict[str, Any]:
     """results.json of a run, which is made unless it is there; an unfinished one goes on."""
     found = folder / "results.json"
     if not found.exists():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ class VmfEncoder(nn.Module):
     Attributes: mean, concentration: the networks. shared: whether the second looks at the first's answer, not at the inputs.
     """
 
-    def __init__(self, mean: nn.Sequential, concentration: RangedConcentration, shared: bool = False) -> None:
+    def __init__(self, mean: nn.Module, concentration: RangedConcentration, shared: bool = False) -> None:
         super().__init__()
         self.mean, self.concentration, self.shared = mean, concentration, shared
 
@@ -88,26 +87,6 @@ class VmfEncoder(nn.Module):
         with torch.autocast(inputs.device.type, enabled=False):
             kappa = self.concentration((mu if self.shared else inputs).float())
         return VonMisesFisher(mu.float(), kappa, validate_args=False)
-
-    @torch.no_grad()
-    def spread(self, inputs: Tensor) -> None:
-        """Begin with mean directions of these inputs [N, D] all over the sphere, by what the mean's last layer does.
-
-        A deep network gives nearly the same vector for all inputs at the start. Dimensions that then are nearly constant are
-        found late, or never: training makes the others too large, and leaves them no room. So the last layer is changed to
-        give out mean 0 and the same variance in all directions. Raises DataError where it spans fewer.
-        """
-        last: Any = self.mean[-1]
-        found = self.mean(inputs).double()
-        value, vector = torch.linalg.eigh(torch.cov(found.T))
-        if not bool(value[0] > 1e-9 * value[-1]):
-            raise DataError(
-                f"on {len(inputs)} inputs the mean's network spans fewer than its {found.shape[1]} dimensions: give wider "
-                "hidden layers"
-            )
-        whiten = (vector * value.rsqrt()) @ vector.T
-        last.bias.copy_(whiten @ (last.bias.double() - found.mean(0)))
-        last.weight.copy_(whiten @ last.weight.double())
 
     def calibrate(self, inputs: Tensor, lowest: float, highest: float) -> None:
         """See `RangedConcentration.calibrate`; inputs [N, D]."""

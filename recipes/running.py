@@ -2,9 +2,10 @@
 
     accelerate launch -m posthoc.recipes.NAME --preset smoke --output runs/first
 
-A preset is a set of options; several may be named, the later ones win, and what stands beside them on the command line
-wins over all. A run's folder holds config.json, a folder with metrics.jsonl and checkpoint.pt for each of its trainings,
-results.json and the plots. `--resume` continues an unfinished run to the result that an unbroken one has.
+A preset is a set of options. Several may be named: a size (default, where none is named) and variants of it; later ones
+win, and what stands beside them on the command line wins over all. A run's folder holds config.json, a folder with
+metrics.jsonl and checkpoint.pt for each of its trainings, results.json and the plots. `--resume` continues an unfinished run
+to the result that an unbroken one has.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from ..adapters.training_loop import Record, step_generator
 from ..eval.extras import require
 from ..eval.results import made_now
 
+SIZES = ("default", "smoke", "paper")
+"""Presets that others are laid on: the first where none of them is named."""
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Preset = Mapping[str, Any]
 NOT_OF_THE_RESULT = ("output", "resume", "tracker", "cache_dir", "data_dir")
@@ -168,7 +171,7 @@ def main(
     """A recipe as a command: options from its dataclass and presets, errors as one line and status 2.
 
     Args:
-        presets: options by name; `default` is taken where none is named. about: the recipe's docstring, shown by --help.
+        presets: options by name, `default` among them. about: the recipe's docstring, shown by --help.
         knobs: the options that say how much memory a step takes, for the message when there is too little.
     """
     try:
@@ -187,12 +190,14 @@ def parse(name: str, config: type[C], presets: Mapping[str, Preset], about: str 
 
     names, rest = presets_named(arguments)
     options: dict[str, Any] = {}
-    for one in names or ["default"]:
+    for one in names if set(names) & set(SIZES) else ["default", *names]:
         if one not in presets:
             raise OptionError(f"--preset {one!r} is unknown; {suggest(one, presets)}")
         options.update(presets[one])
     shown = "\n".join(f"  {key}: {_shown(value)}" for key, value in presets.items())
-    text = f"{about or ''}\n\n--preset NAME [NAME ...] sets several options at once, default if none is named:\n{shown}"
+    sizes = " or ".join(SIZES)
+    text = f"{about or ''}\n\n--preset NAME [NAME ...] sets several options at once: {sizes}, and variants of it. Without a size"
+    text += f"\nit is {SIZES[0]}.\n{shown}"
     return tyro.cli(config, prog=f"posthoc.recipes.{name}", description=text, default=config(**options), args=rest)
 
 

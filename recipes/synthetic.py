@@ -74,8 +74,6 @@ class SyntheticConfig(RecipeConfig):
     """of the encoder's hidden layers; 0: the paper's, 10, 50 and 10 times what a network gives out"""
     encoder_hidden: int = 6
     """layers between the encoder's first and last"""
-    spread_start: bool = False
-    """begin with the encoder's means all over the sphere, instead of nearly all in one place"""
     samples: int = 128
     """Monte-Carlo samples of the loss for each posterior"""
     negatives: int = 16
@@ -200,7 +198,7 @@ def make_criterion(config: SyntheticConfig) -> nn.Module:
     """The loss of the options, with the paper's sampler where that is asked for."""
     paper = config.sampler == "paper"
     if config.loss == "elk":
-        return ExpectedLikelihoodKernel(config.kappa_positive, config.learnable)
+        return ExpectedLikelihoodKernel(config.kappa_positive, config.learnable, reference=paper)
     if config.loss == "hib":
         return HedgedInstance(
             config.hib_scale, config.hib_shift, config.samples, config.learnable, antithetic=not paper, reference=paper
@@ -227,7 +225,7 @@ class Stage:
 
 
 def stages(config: SyntheticConfig) -> list[Stage]:
-    """The half phases: means, then concentrations; or both at once."""
+    """The half phases: means, then concentrations if they are finite; or both at once."""
     kappa_steps = config.steps if config.kappa_steps is None else config.kappa_steps
     whole = config.steps + kappa_steps
     if not config.phases:
@@ -236,7 +234,8 @@ def stages(config: SyntheticConfig) -> list[Stage]:
     for phase in range(config.phases):
         share = [(phase * whole + before) / whole for before in (0, config.steps)]
         found.append(Stage(f"phase-{phase + 1}-mean", ("mean",), config.steps, share[0], config.mean_negatives))
-        found.append(Stage(f"phase-{phase + 1}-kappa", ("concentration",), kappa_steps, share[1], config.negatives))
+        if math.isfinite(config.encoder_kappa_high):
+            found.append(Stage(f"phase-{phase + 1}-kappa", ("concentration",), kappa_steps, share[1], config.negatives))
     return found
 
 
@@ -285,8 +284,6 @@ def run(config: SyntheticConfig) -> dict[str, Any]:
     )
     inputs = process.images_alone(CALIBRATION, step_generator(config.seed, ENCODER, 1))
     encoder.to(run.device)
-    if config.spread_start:
-        encoder.spread(inputs)
     encoder.calibrate(inputs, config.encoder_kappa_low, config.encoder_kappa_high)
     truth = Truth.of(process, config.eval_rows, step_generator(config.seed, FIXED))
     step = SyntheticStep(encoder, make_criterion(config).to(run.device), process, config, run.launch)
@@ -306,13 +303,12 @@ def run(config: SyntheticConfig) -> dict[str, Any]:
 
 
 _OURS: Preset = {"encoder_width": 64, "encoder_hidden": 2, "schedule": "cosine", "lr": 2e-3, "batch_size": 128,
-                 "samples": 16, "negatives": 32, "mean_negatives": 8, "negative_weight": 1.0, "spread_start": True,
-                 "encoder_kappa_low": 28.0, "encoder_kappa_high": 36.0}  # fmt: skip
+                 "samples": 16, "negatives": 32, "mean_negatives": 4, "negative_weight": 1.0}  # fmt: skip
 PRESETS: dict[str, Preset] = {
     "smoke": {**_OURS, "steps": 150, "eval_every": 50, "eval_rows": 500, "check": True},
-    "default": {**_OURS, "phases": 2, "steps": 5000, "kappa_steps": 1000},
-    "paper": {"batch_size": 512, "samples": 512, "negatives": 32, "eval_rows": 10_000, "acceptance": "paper", "sampler": "paper"},
-    "ambiguous": {"kappa_low": 16.0, "kappa_high": 32.0},
+    "default": {**_OURS, "steps": 16_000, "kappa_steps": 1500},
+    "paper": {"eval_rows": 10_000, "acceptance": "paper", "sampler": "paper"},
+    "ambiguous": {"batch_size": 512, "samples": 512, "negatives": 32},
     "clear": {"kappa_low": 64.0, "kappa_high": 128.0},
     "injective": {"kappa_low": math.inf, "kappa_high": math.inf},
     "elk": {"loss": "elk", "phases": 0, "negatives": 1},
@@ -322,20 +318,22 @@ PRESETS: dict[str, Preset] = {
     "laplace": {"family": "laplace"},
     "shared-backbone": {"shared_backbone": True},
 }  # fmt: skip
-PRESETS |= {f"encoder-{d}": {"encoder_dim": d} for d in (4, 8, 16)}
+"""Sizes (smoke, default, paper) and the paper's scripts, to be laid on a size."""
+
+
+def _script(batch_size: int, samples: int, negatives: int, **options: Any) -> Preset:
+    return {"batch_size": batch_size, "samples": samples, "negatives": negatives, **options}
+
+
+PRESETS |= {f"encoder-{d}": _script(512, 512, 32, encoder_dim=d) for d in (4, 8, 16)}
 PRESETS |= {
-    "encoder-32": {"encoder_dim": 32, "negatives": 8},
-    "encoder-64": {"encoder_dim": 64, "samples": 256, "negatives": 8},
-    "encoder-128": {"encoder_dim": 128, "batch_size": 256, "samples": 256, "negatives": 8},
+    "encoder-32": _script(512, 512, 8, encoder_dim=32),
+    "encoder-64": _script(512, 256, 8, encoder_dim=64),
+    "encoder-128": _script(256, 256, 8, encoder_dim=128),
 }
 PRESETS |= {f"samples-{s}": {"samples": s} for s in (1, 4, 16, 64, 256)}
 PRESETS |= {
-    f"dim-{d}": {
-        **dict.fromkeys(("input_dim", "latent_dim", "encoder_dim"), d),
-        "batch_size": 256,
-        "samples": 256,
-        "negatives": 32 if d < 64 else 8,
-    }
+    f"dim-{d}": _script(256, 256, 32 if d < 64 else 8, **dict.fromkeys(("input_dim", "latent_dim", "encoder_dim"), d))
     for d in (10, 16, 32, 40, 48, 56, 64, 128)
 }
 

@@ -50,8 +50,19 @@ def test_soft_positives_follow_their_definition(generator: torch.Generator) -> N
     twice[0] = 0.0
     expected = twice + once[0] * once  # drawing itself is tried once more
     assert np.abs(frequency.numpy() - expected).max() < 4 * (0.25 / n) ** 0.5
-    inner = p[0] @ p[int(batch.positive[5, 0])]
-    assert batch.negative[0, 5].item() == pytest.approx(1.0 - inner, abs=1e-6)
+    partner = batch.positive[:, 0].long()
+    other = int((partner != partner[0]).logical_and(partner != 0).nonzero()[0])
+    assert batch.negative[0, other].item() == pytest.approx(1.0 - p[0] @ p[int(partner[other])], abs=1e-6)
+
+
+def test_neither_an_anchor_nor_its_own_positive_is_its_negative(generator: torch.Generator) -> None:
+    doubtful = np.full((6, 3), 1 / 3)  # any two are of one class with probability 1/3
+    rows = torch.arange(6)
+    batch = SoftLabelPairs(identity_table(6), doubtful, np.arange(6)).draw(rows, generator)
+    partner = batch.positive[:, 0].long()
+    own = (partner == rows[:, None]) | (partner == partner[:, None])
+    assert (batch.negative[own] == 0).all()
+    torch.testing.assert_close(batch.negative[~own], torch.full_like(batch.negative[~own], 2 / 3))
 
 
 def test_views_are_two_different_ones_of_the_same_image(generator: torch.Generator) -> None:

@@ -144,3 +144,31 @@ def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
     assert len(first.held_out) == 22
     assert again.held_out == first.held_out
     assert again.best_epoch == 1
+
+
+def test_a_score_that_is_no_number_is_not_the_best() -> None:
+    step = Regression()
+    values = iter([float("nan"), 3.0, float("nan"), 2.0])
+    result = run(step, epochs=4, evaluate=lambda: next(values))
+    assert result.best_epoch == 3
+
+
+def test_what_a_step_takes_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row numbers stay whole and on the CPU: processes that share GPUs would move tensors among the arguments."""
+    seen: list[object] = []
+
+    class Watching(Regression):
+        def forward(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+            seen.append((rows.dtype, rows.device.type))
+            return super().forward(rows, generator)
+
+    from torch.nn.parallel.scatter_gather import scatter_kwargs
+
+    from posthoc.adapters.training_loop import _Arguments, _Called
+
+    given = _Arguments((torch.arange(4), torch.Generator()))
+    inputs, _ = scatter_kwargs((given,), {}, [0])
+    (passed,) = inputs[0]
+    assert passed is given
+    _Called(Watching())(passed)
+    assert seen == [(torch.int64, "cpu")]

@@ -28,7 +28,7 @@ class Config(RecipeConfig):
     """some"""
 
 
-PRESETS = {"default": {"steps": 5}, "long": {"steps": 50}, "named": {"names": ("a",)}}
+PRESETS = {"default": {"steps": 5}, "long": {"steps": 50}, "named": {"names": ("a",)}, "paper": {}}
 
 
 def parsed(*words: str) -> Config:
@@ -38,7 +38,8 @@ def parsed(*words: str) -> Config:
 def test_presets_are_sets_of_options_and_the_command_line_wins() -> None:
     assert parsed().steps == 5
     assert parsed("--preset", "long").steps == 50
-    assert parsed("--preset=named", "--names", "b", "c") == Config(names=("b", "c"))
+    assert parsed("--preset=named", "--names", "b", "c") == Config(steps=5, names=("b", "c"))  # a variant of default
+    assert parsed("--preset", "named", "paper") == Config(steps=3, names=("a",))
     both = parsed("--seed", "2", "--preset", "long", "named", "--steps", "7")
     assert (both.seed, both.steps, both.names) == (2, 7, ("a",))
 

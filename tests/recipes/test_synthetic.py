@@ -12,11 +12,12 @@ import torch
 
 from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import OptionError
+from posthoc.eval.identifiability import orthogonal_alignment
 from posthoc.recipes import running, synthetic, synthetic_process
 from posthoc.recipes.encoders import paper_encoder
 from posthoc.recipes.synthetic import PRESETS, SyntheticConfig, SyntheticStep, make_criterion, stages
 from posthoc.recipes.synthetic_process import Process, make_process
-from posthoc.recipes.synthetic_report import Truth, cap_coverage, final_figures, round_figures
+from posthoc.recipes.synthetic_report import Truth, _covered, cap_coverage, final_figures, round_figures
 
 from .recipe_children import kill_at_checkpoint, metrics, results
 
@@ -107,9 +108,7 @@ def test_the_papers_half_phases() -> None:
     at = [rates[i] for i in (0, 49, 50, 100, 150, 200, 300)]
     root = 0.5**0.5
     assert at == pytest.approx([1e-4 * f for f in (1, 1, 0.5, root, root / 2, 0.5, root / 2)])
-    assert (
-        stages(SyntheticConfig(**PRESETS["2d"]))[0].negatives == 1
-    )  # in 2 dimensions the means see them too
+    assert stages(SyntheticConfig(**PRESETS["2d"]))[0].negatives == 1  # in 2 dimensions the means see them too
     (joint,) = stages(SyntheticConfig(phases=0, steps=7))
     assert (joint.trained, joint.steps) == (("mean", "concentration"), 14)
 
@@ -146,12 +145,13 @@ def test_figures_of_an_encoder_that_knows_the_truth() -> None:
 
 
 def test_coverage_is_judged_on_images_the_turn_was_not_fitted_on() -> None:
-    process = unbuilt(SyntheticConfig(**TINY))  # type: ignore[arg-type]
-    truth = Truth.of(process, 40, torch.Generator().manual_seed(0))
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=(40, 3)).astype(np.float32)
-    nonsense = noise / np.linalg.norm(noise, axis=1, keepdims=True)
-    assert cap_coverage(nonsense, np.full(40, 50.0, np.float32), truth) < 0.6
+    noise = np.random.default_rng(0).normal(size=(2, 40, 16)).astype(np.float32)
+    nonsense, mu = noise / np.linalg.norm(noise, axis=-1, keepdims=True)
+    kappa = np.full(40, 16.0, np.float32)
+    truth = Truth(torch.zeros(40, 1), mu, kappa, mu)
+    # 16 dimensions, 20 images: a turn that has seen the images fits nonsense to them
+    assert _covered(nonsense @ orthogonal_alignment(nonsense, mu), kappa, mu) > 0.6
+    assert cap_coverage(nonsense, kappa, truth) < 0.2
 
 
 def test_without_ambiguity_only_directions_are_judged(cache: Path, tmp_path: Path) -> None:
@@ -170,18 +170,72 @@ def test_on_the_circle_posteriors_are_drawn(cache: Path, tmp_path: Path) -> None
     assert 0.0 <= found["coverage"] <= 1.0
 
 
+SCRIPTS = {  # of the paper's table: what differs from its code's defaults
+    "ambiguous": {"batch_size": 512, "samples": 512, "negatives": 32},
+    "clear": {"kappa_low": 64.0, "kappa_high": 128.0},
+    "injective": {"kappa_low": math.inf, "kappa_high": math.inf},
+    "elk": {"loss": "elk", "phases": 0, "negatives": 1},
+    "hib": {"loss": "hib", "phases": 0, "negatives": 0},
+    "2d": {"input_dim": 2, "latent_dim": 2, "encoder_dim": 2, "negatives": 1, "mean_negatives": 1, "steps": 4096},
+    "encoder-8": {"encoder_dim": 8, "batch_size": 512, "samples": 512, "negatives": 32},
+    "encoder-64": {"encoder_dim": 64, "batch_size": 512, "samples": 256, "negatives": 8},
+    "encoder-128": {"encoder_dim": 128, "batch_size": 256, "samples": 256, "negatives": 8},
+    "samples-4": {"samples": 4},
+    "dim-16": {
+        "input_dim": 16,
+        "latent_dim": 16,
+        "encoder_dim": 16,
+        "batch_size": 256,
+        "samples": 256,
+        "negatives": 32,
+    },
+    "dim-128": {
+        "input_dim": 128,
+        "latent_dim": 128,
+        "encoder_dim": 128,
+        "batch_size": 256,
+        "samples": 256,
+        "negatives": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_papers_scripts_are_presets_on_its_defaults(name: str) -> None:
+    found = running.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", "paper", name])
+    defaults = {
+        "batch_size": 128, "samples": 128, "negatives": 16, "lr": 1e-4, "phases": 1, "steps": 50_000, "loss": "mcinfonce",
+        "kappa_positive": 20.0, "kappa_low": 16.0, "kappa_high": 32.0, "encoder_kappa_low": 16.0, "encoder_kappa_high": 32.0,
+        "encoder_width": 0, "encoder_hidden": 6, "mean_negatives": 0, "negative_weight": None, "schedule": "halved",
+        "acceptance": "paper", "sampler": "paper", "hib_scale": 1.0, "hib_shift": 0.0, "learnable": False,
+        "eval_rows": 10_000, "eval_every": 500, "family": "vmf", "spread": 0.5,
+    }  # fmt: skip
+    expected = {**defaults, **SCRIPTS[name]}
+    assert {option: getattr(found, option) for option in expected} == expected
+    assert getattr(make_criterion(found), "reference", True)
+
+
 def test_every_preset_is_a_config() -> None:
     for name in PRESETS:
-        config = running.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", "paper", name, "--seed", "4"])
+        config = running.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", name, "--seed", "4"])
         assert config.seed == 4
         for option, value in PRESETS[name].items():
             assert getattr(config, option) == value
     both = running.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", "smoke", "2d", "--steps", "3"])
     assert (both.latent_dim, both.steps, both.samples) == (2, 3, PRESETS["smoke"]["samples"])
+    variant = running.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", "clear"])
+    assert (variant.kappa_low, variant.encoder_width) == (64.0, PRESETS["default"]["encoder_width"])  # on default
+
+
+def test_concentrations_that_are_infinite_are_not_trained() -> None:
+    found = stages(SyntheticConfig(encoder_kappa_low=math.inf, encoder_kappa_high=math.inf))
+    assert [stage.name for stage in found] == ["phase-1-mean"]
 
 
 def test_two_gloo_processes_are_one(cache: Path, tmp_path: Path) -> None:
-    options = words(**TINY, cache_dir=cache, seed=3)
+    options = words(
+        **{**TINY, "lr": 3e-4, "steps": 5}, cache_dir=cache, seed=3
+    )  # small steps: noise of rounding stays noise
     one = results("synthetic", [*options, "--output", "one"], tmp_path)
     two = results("synthetic", [*options, "--output", "two"], tmp_path, processes=2)
     assert one["figures"] == pytest.approx(two["figures"], rel=1e-3)

@@ -134,7 +134,9 @@ def test_golden_loss_of_given_samples(shared: Path, case: str, rounding: float) 
     far = z["samples_neg"] if "samples_neg" in z else z["samples_pos"].roll(1, 1)
     cosine = (z["samples_ref"] * torch.cat([z["samples_pos"], far], 2)).sum(-1).permute(1, 2, 0)
     tau = torch.tensor(json.loads(str(golden["meta"]))["loss_args"]["kappa_init"]).double().requires_grad_()
-    value, grad, by_tau = (x / len(cosine) for x in mcinfonce._rows(cosine.detach(), tau.detach(), weight=1 / (cosine.shape[1] - 1)))
+    value, grad, by_tau = (
+        x / len(cosine) for x in mcinfonce._rows(cosine.detach(), tau.detach(), weight=1 / (cosine.shape[1] - 1))
+    )
     grads = torch.autograd.grad(cosine, list(z.values()), grad, retain_graph=True)
     close, far_cosines = tau * cosine[:, 0], tau * cosine[:, 1:]
     share = close - torch.logaddexp(close, far_cosines.logsumexp(1) - math.log(far.shape[2]))

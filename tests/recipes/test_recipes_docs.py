@@ -1,0 +1,107 @@
+"""docs/recipes.md: every command line of ours is one that the recipe takes, and every flag beside a paper's is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posthoc.recipes import anisotropic, anisotropic_images, cifar10h, running, synthetic
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
+RECIPES: dict[str, tuple[Any, Any]] = {
+    "synthetic": (synthetic.SyntheticConfig, synthetic.PRESETS),
+    "anisotropic": (anisotropic.AnisotropicConfig, anisotropic.PRESETS),
+    "images": (anisotropic_images.ImagesConfig, anisotropic_images.PRESETS),
+    "cifar10h": (cifar10h.Cifar10HConfig, cifar10h.PRESETS),
+}
+NAMES = "|".join(RECIPES)
+LINES = [line for line in re.findall(r"-m posthoc\.recipes\.(\w+)((?: [^\n`|]+)?)", TEXT) if line[0] != "NAME"]
+SECTIONS = re.findall(rf"^## ({NAMES})$(.*?)(?=^## |\Z)", TEXT, re.M | re.S)
+
+
+def flags(text: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z0-9-]*", text))
+
+
+def options(config: Any) -> set[str]:
+    names = {field.name.replace("_", "-") for field in fields(config)}
+    return {f"--{name}" for name in names} | {f"--no-{name}" for name in names} | {"--preset"}
+
+
+def ours(text: str) -> set[str]:
+    """The flags in our column, the one headed "here" or "ours", of all tables of a section."""
+    found: set[str] = set()
+    column = None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if not cells:
+            column = None
+        elif any(cell.startswith(("here", "ours")) for cell in cells):
+            column = next(i for i, cell in enumerate(cells) if cell.startswith(("here", "ours")))
+        elif column is not None and column < len(cells):
+            found |= flags(cells[column])
+    return found
+
+
+def test_every_recipe_has_its_section_and_its_launch_line() -> None:
+    assert [name for name, _ in SECTIONS] == list(RECIPES)
+    assert {name for name, _ in LINES} >= {"synthetic", "anisotropic", "cifar10h"}
+    assert len(LINES) >= 10
+
+
+@pytest.mark.parametrize(("name", "words"), LINES)
+def test_a_command_line_is_taken(name: str, words: str) -> None:
+    named, rest = running.presets_named(shlex.split(words, comments=True))
+    if "images" in named:
+        name, named = "images", [one for one in named if one != "images"]
+    config, presets = RECIPES[name]
+    running.parse(name, config, presets, None, [*(["--preset", *named] if named else []), *rest])
+
+
+@pytest.mark.parametrize(("name", "text"), SECTIONS, ids=[name for name, _ in SECTIONS])
+def test_every_flag_beside_a_papers_is_ours(name: str, text: str) -> None:
+    found = ours(text)
+    assert len(found) > 10
+    assert found <= options(RECIPES[name][0])
+
+
+@pytest.mark.parametrize("name", ["synthetic", "anisotropic", "cifar10h"])
+def test_every_flag_of_the_papers_code_is_there(name: str, shared: Path) -> None:
+    text = dict(SECTIONS)[name]
+    spec = shared / "spec" / ("aninfonce.md" if name == "anisotropic" else "mcinfonce.md")
+    if name == "anisotropic":
+        section = re.search(r"^## 4\. Command line.*?(?=^## 5)", spec.read_text(), re.M | re.S)
+        assert section
+        theirs = {f"--{word}" for word in re.findall(r"(?:^|; )([a-z][a-z-]*(?:-\d)?)(?= )", section[0], re.M)} - {
+            "--run"
+        }
+        assert len(theirs) > 15
+        missing = {flag for flag in theirs if flag not in text and not text.count(flag.replace("--", "`--"))}
+    else:
+        table = re.search(r"^\| flag \| default.*?(?=^## 4)", spec.read_text(), re.M | re.S)
+        assert table
+        cells = [cell.strip() for line in table[0].splitlines()[2:] for cell in line.strip("|").split("|")[::2]]
+        theirs = {word for cell in cells for word in re.findall(r"\b[a-z]+(?:_[a-z]+)*\b", cell.split("(")[0])} - {
+            "max",
+            "dev",
+        }
+        generator = (
+            "g_",
+            "has_joint",
+            "oversampling",
+            "n_numerical",
+            "n_graphical",
+            "eval_std",
+            "e_dim_hidden",
+            "e_n_hidden",
+        )
+        only = {"traindata", "pretrained", "train", "test"}
+        theirs -= only if name == "synthetic" else {word for word in theirs if word.startswith(generator)}
+        assert len(theirs) > 15
+        missing = {word for word in theirs if word not in text}
+    assert not missing
