@@ -23,7 +23,7 @@ from .recipe_children import kill_at_checkpoint, metrics, results
 
 TINY = {
     "input_dim": 3, "latent_dim": 3, "encoder_dim": 3, "encoder_width": 12, "encoder_hidden": 1, "batch_size": 128,
-    "samples": 8, "negatives": 2, "eval_every": 5, "eval_rows": 60, "steps": 10, "lr": 3e-3, "spread": 1.0,
+    "samples": 8, "negatives": 2, "eval_every": 5, "eval_rows": 60, "steps": 10, "kappa_steps": 10, "lr": 3e-3, "spread": 1.0,
 }  # fmt: skip
 NO_AMBIGUITY = {"kappa_low": math.inf, "kappa_high": math.inf}
 CIRCLE = {"input_dim": 2, "latent_dim": 2, "encoder_dim": 2, "sampler": "paper"}
@@ -233,9 +233,8 @@ def test_concentrations_that_are_infinite_are_not_trained() -> None:
 
 
 def test_two_gloo_processes_are_one(cache: Path, tmp_path: Path) -> None:
-    options = words(
-        **{**TINY, "lr": 3e-4, "steps": 5}, cache_dir=cache, seed=3
-    )  # small steps: noise of rounding stays noise
+    # small steps: noise of rounding stays noise
+    options = words(**{**TINY, "lr": 3e-4, "steps": 5, "kappa_steps": 5}, cache_dir=cache, seed=3)
     one = results("synthetic", [*options, "--output", "one"], tmp_path)
     two = results("synthetic", [*options, "--output", "two"], tmp_path, processes=2)
     assert one["figures"] == pytest.approx(two["figures"], rel=1e-3)
@@ -247,7 +246,7 @@ def test_two_gloo_processes_are_one(cache: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(cache: Path, tmp_path: Path) -> None:
-    options = words(**{**TINY, "steps": 60}, cache_dir=cache, seed=3)
+    options = words(**{**TINY, "steps": 60, "kappa_steps": 60}, cache_dir=cache, seed=3)
     whole = results("synthetic", [*options, "--output", "whole"], tmp_path)
     broken = [*options, "--output", "broken"]
     kill_at_checkpoint("synthetic", broken, tmp_path, "phase-1-kappa/checkpoint.pt")
