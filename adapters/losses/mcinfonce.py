@@ -22,10 +22,10 @@ class MCInfoNCE(nn.Module):
     loss = -mean_i log mean_s exp(a) / (exp(a) + w sum_m exp(c_m)), a = tau z_i.z_i+ and c_m = tau z_i.z_m-.
     The logarithm of a mean biases it upward by O(1/n_samples).
 
-    Where positives are exp(tau cosine) times as likely as negatives, up to a factor, w = 1 is least at the true posteriors in
-    the limit of many negatives. With few, concentrations come out too large: 1.5 times beside true means at M = 4, 1.0 times at
-    M = 32 (benchmarks/synthetic_negatives.py). w = 1 / M, the paper's average, prefers cosines that are shrunk, by a third or
-    more at M = 8 and tau = 20.
+    How many negatives there are, and w, decide which concentrations the loss wants. On data whose positives are exp(tau cosine)
+    times as likely as negatives, up to a factor, it finds beside the true means 1.9, 1.5, 1.3 and 1.0 times the true ones with
+    w = 1 and M = 1, 4, 8, 32; with the paper's average w = 1 / M 1.8, 1.7 and 1.4 times with M = 4, 8, 32, and it prefers
+    cosines that are shrunk (docs/objectives.md; measured by benchmarks/synthetic_negatives.py).
 
     Args:
         concentration: tau > 0, the inverse temperature; another quantity than the posteriors' kappa.
