@@ -2,7 +2,9 @@
 
     accelerate launch -m posthoc.recipes.synthetic --output runs/synthetic --seed 4
 
-COST
+The default takes 11 minutes on one core of a shared machine, 25 steps a second, 1.2 GB of memory, and some seconds once
+for the process. To expect with seed 4: rank correlations with the truth of .964 (pairwise cosines) and .885 (concentrations),
+and .89 of the latents in the encoder's 95 % caps. docs/recipes.md says what limits them.
 """
 
 from __future__ import annotations
