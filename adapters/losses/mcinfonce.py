@@ -86,7 +86,8 @@ class MCInfoNCE(nn.Module):
     ) -> Tensor:
         """Scalar loss; batch shapes [B], [B] and [B, M] (None: the positives rolled by one row)."""
         sampling = Sampling(self.n_samples, self.antithetic, self.sobol, self.positive_draws, self.reference)
-        count = 1 if negatives is None else negatives.batch_shape[-1]
+        # shapes are checked further on; none may end in another error here
+        count = 1 if negatives is None else max((1, *negatives.batch_shape[-1:]))
         weight = 1.0 / count if self.negative_weight is None else self.negative_weight
         rows = partial(_rows, weight=weight, positives=self.positive_draws)
         posteriors = (anchor, positive, negatives)
