@@ -53,7 +53,7 @@ class NTXent(nn.Module):
         """
         with torch.autocast(z1.device.type, enabled=False):
             u1, u2 = unit_views("NTXent", z1, z2)
-            inverse = torch.as_tensor(1.0 / self.temperature).to(u1)
+            inverse = torch.as_tensor(1.0 / self.temperature, dtype=u1.dtype, device=u1.device)
             scale = inverse.expand(2 * len(u1))
             close = (u1 * u2).sum(-1) * inverse
             return contrast(torch.cat([u1, u2]), scale, close.repeat(2), self.terms)
