@@ -130,14 +130,14 @@ def train(
 
 
 class EpochOrder:
-    """The rows [N] in the random order of an epoch, which depends on (seed, epoch) alone; drawn once for each."""
+    """The rows [N] in the random order of an epoch, which depends on (seed, position, epoch) alone; drawn once for each."""
 
-    def __init__(self, rows: np.ndarray, seed: int) -> None:
-        self.rows, self.seed, self.epoch = rows, seed, -1
+    def __init__(self, rows: np.ndarray, seed: int, *position: int) -> None:
+        self.rows, self.place, self.epoch = rows, (seed, *position), -1
 
     def __call__(self, epoch: int) -> np.ndarray:
         if epoch != self.epoch:
-            order = torch.randperm(len(self.rows), generator=step_generator(self.seed, epoch)).numpy()
+            order = torch.randperm(len(self.rows), generator=step_generator(*self.place, epoch)).numpy()
             self.epoch, self.now = epoch, self.rows[order]
         return self.now
 

@@ -12,7 +12,6 @@ latents of one precision may come out turned) 5.2, 5.3, 23.1, 24.6; `--preset li
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from . import running
 from .anisotropic_process import Layout, Pairs, Sampler, mixing, precisions, uniform_directions
 from .anisotropic_report import draw, table
 from .encoders import mlp
-from .running import RecipeConfig, Run, seeded_module
+from .running import RecipeConfig, Run, check_counts, check_positive, seeded_module
 
 JUDGED, REPEATS = 4096, 10
 """Latents that the metrics look at, and how often at other ones at the end."""
@@ -92,14 +91,8 @@ class AnisotropicConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "every", "mixing_layers"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected 1 or more")
-        for name in ("lr", "lr_precision", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise OptionError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected a number above 0"
-                )
+        check_counts(self, "steps", "every", "mixing_layers")
+        check_positive(self, "lr", "lr_precision", "temperature")
         if self.loss == "infonce" and (self.hard_negatives or self.reference or self.families > 1):
             raise OptionError("--loss infonce has no --hard-negatives, --reference or --families: they are AnInfoNCE's")
         if self.families > 1 and self.reference:

@@ -47,7 +47,7 @@ from .anisotropic_views import (
 )
 from .augmentations import Augmentation
 from .networks import CifarResNet, StridedConvNet
-from .running import RecipeConfig, Run, seeded_module
+from .running import RecipeConfig, Run, check_counts, check_positive, seeded_module
 
 HELD_OUT = 1000
 """Training images whose loss is watched, and that nothing is trained on."""
@@ -106,14 +106,8 @@ class ImagesConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "every", "hidden", "dim", "width", "read_images"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected 1 or more")
-        for name in ("lr", "lr_precision", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise OptionError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected a number above 0"
-                )
+        check_counts(self, "steps", "every", "hidden", "dim", "width", "read_images")
+        check_positive(self, "lr", "lr_precision", "temperature")
         if self.encoder == "frozen" and (self.dataset != "cifar10" or self.views < 2):
             raise OptionError(
                 f"--encoder frozen --dataset {self.dataset} --views {self.views} was given; expected cifar10, which the network "

@@ -14,7 +14,7 @@ from torch.nn import functional
 from ..adapters.errors import DataError
 from ..adapters.losses import ExpectedLikelihoodKernel, HedgedInstance, MCInfoNCE
 from ..adapters.positives import PairBatch, RowNumbers, SoftLabelPairs, draw_negatives
-from ..adapters.training import warmup_cosine
+from ..adapters.training import EpochOrder, warmup_cosine
 from ..adapters.training_loop import History, Plan, Record, run_plan, step_generator
 from ..adapters.vmf import VonMisesFisher
 from ..eval.ambiguity import vote_entropy
@@ -224,18 +224,13 @@ def train_fold(run: Run, name: str, step: Step, watch: Watch, rows: np.ndarray, 
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
     factor = warmup_cosine(config.steps, config.warmup) if config.schedule == "cosine" else _halved(config.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    order: dict[int, Tensor] = {}
+    order = EpochOrder(rows, config.seed, ORDER, fold)
 
     def batch(i: int) -> tuple[Tensor, list[tuple[int, ...]], bool]:
         epoch, place = divmod(i, each)
-        if epoch not in order:
-            order.clear()
-            order[epoch] = torch.from_numpy(rows)[
-                torch.randperm(len(rows), generator=step_generator(config.seed, ORDER, fold, epoch))
-            ]
-        taken = order[epoch][place * config.batch_size : (place + 1) * config.batch_size].view(-1, config.block)
+        taken = torch.from_numpy(order(epoch))[place * config.batch_size : (place + 1) * config.batch_size]
         places: list[tuple[int, ...]] = [(config.seed, TRAINING, fold, i, block) for block in blocks]
-        return taken[list(blocks)], places, config.phases == 1 and i < config.steps // 2
+        return taken.view(-1, config.block)[list(blocks)], places, config.phases == 1 and i < config.steps // 2
 
     plan = Plan(
         name=name,

@@ -11,6 +11,7 @@ to the result that an unbroken one has.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +56,22 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:
             raise OptionError(f"--seed {self.seed} was given; expected a whole number from 0 to 2^31 - 1")
+
+
+def check_counts(config: RecipeConfig, *names: str) -> None:
+    """Raises OptionError for an option of these that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise OptionError(f"--{name.replace('_', '-')} {getattr(config, name)} was given; expected 1 or more")
+
+
+def check_positive(config: RecipeConfig, *names: str) -> None:
+    """Raises OptionError for an option of these that is not above 0, and finite."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise OptionError(
+                f"--{name.replace('_', '-')} {getattr(config, name)} was given; expected a number above 0"
+            )
 
 
 C = TypeVar("C", bound=RecipeConfig)
