@@ -10,7 +10,6 @@ fold: Spearman of 1/kappa with the votes' entropy .379 (entropy of the softmax .
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +52,7 @@ from .cifar10h_networks import (
 )
 from .cifar10h_report import Fold, Judged, judge
 from .cifar10h_training import SOFT, Step, Watch, answer, make_loss, train_fold
-from .running import Preset, RecipeConfig, Run, main, seeded_module
+from .running import Preset, RecipeConfig, Run, check_counts, check_positive, main, seeded_module
 
 NETWORK = 303  # place of the random numbers
 
@@ -158,19 +157,13 @@ class Cifar10HConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_samples", "steps", "every"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected at least 1")
+        check_counts(self, "n_samples", "steps", "every")
         if self.dim < 2 or self.n_negatives < 0 or self.block < 2:
             raise OptionError(
                 f"--dim {self.dim} --n-negatives {self.n_negatives} --block {self.block} was given; expected at least 2, 0 "
                 "and 2"
             )
-        for name in ("lr", "kappa", "concentration", "hib_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise OptionError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected a positive number"
-                )
+        check_positive(self, "lr", "kappa", "concentration", "hib_scale")
         if not self.folds or not set(self.folds) <= set(range(SETS)) or len(set(self.folds)) < len(self.folds):
             raise OptionError(
                 f"--folds {' '.join(map(str, self.folds))} was given; expected different numbers of 0 to 4"

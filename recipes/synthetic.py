@@ -25,7 +25,7 @@ from ..adapters.training import warmup_cosine
 from ..adapters.training_loop import History, Plan, run_plan, step_generator
 from ..adapters.vmf import VonMisesFisher
 from .encoders import VmfEncoder, paper_encoder
-from .running import Preset, RecipeConfig, Run, main, row_blocks, seeded_module
+from .running import Preset, RecipeConfig, Run, check_counts, main, row_blocks, seeded_module
 from .synthetic_process import CALIBRATION, Family, Numbers, Process, ProcessConfig, make_process
 from .synthetic_report import Truth, draw_plots, final_figures, round_figures
 
@@ -115,9 +115,7 @@ class SyntheticConfig(RecipeConfig):
         super().__post_init__()
         if self.kappa_steps is not None and self.kappa_steps < 1:
             raise OptionError(f"--kappa-steps {self.kappa_steps} was given; expected at least 1")
-        for name in ("input_dim", "encoder_hidden", "samples", "steps", "batch_size", "eval_every"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected at least 1")
+        check_counts(self, "input_dim", "encoder_hidden", "samples", "steps", "batch_size", "eval_every")
         if (
             self.encoder_dim < 2
             or min(self.negatives, self.mean_negatives) < 0
