@@ -77,7 +77,7 @@ def step_generator(seed: int, *position: int, device: torch.device | str = "cpu"
 
     `device`: where it draws, the CPU; other kinds of device draw other numbers from the same seed.
     """
-    mixed = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)[0]
+    mixed = np.random.SeedSequence(seed, spawn_key=position).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))
 
 

@@ -32,6 +32,11 @@ COLUMNS = {
 }
 SEEDS, SAMPLER_SEEDS = (4, 5, 6, 7, 8), (4, 5, 6)
 _DIMENSIONS = "--input-dim {d} --latent-dim {d} --encoder-dim {d} --steps 4000 --kappa-steps 1500"
+SAMPLERS = {
+    "both exact": "",
+    "paper's in the loss": "--reference",
+    "paper's in process and loss": "--sampler paper --reference",
+}
 Case = tuple[str, Sequence[str], tuple[int, ...]]
 """Name of a row, words of the command line, seeds."""
 PARTS: dict[str, tuple[Case, ...]] = {
@@ -41,9 +46,9 @@ PARTS: dict[str, tuple[Case, ...]] = {
         ("HIB", ("--loss", "hib"), SEEDS),
     ),
     "samplers": tuple(
-        (f"d = {d}, {sampler}", (*_DIMENSIONS.format(d=d).split(), "--sampler", sampler), SAMPLER_SEEDS)
+        (f"d = {d}, {name}", (*_DIMENSIONS.format(d=d).split(), *words.split()), SAMPLER_SEEDS)
         for d in (10, 16, 32)
-        for sampler in ("exact", "paper")
+        for name, words in SAMPLERS.items()
     ),
     "variants": tuple(
         (name, words.split(), (4,))

@@ -99,9 +99,9 @@ class Cifar10HConfig(RecipeConfig):
     """b of hib"""
     learnable: bool = False
     """whether the loss's own numbers are trained too"""
-    n_samples: int = 32
+    samples: int = 32
     """Monte-Carlo samples of each posterior"""
-    n_negatives: int = 32
+    negatives: int = 32
     """for each anchor, out of its block; 0: the positives rolled by one row"""
     symmetric: bool = True
     """also the loss of each pair turned round"""
@@ -144,8 +144,6 @@ class Cifar10HConfig(RecipeConfig):
     """which fifths are tested; the paper's seed s is fold s"""
     resamples: int = 1000
     """of the bootstrap"""
-    check: bool = False
-    """fail unless the score follows the votes better than at the start"""
     cache_dir: Path | None = None
     """where features are kept; default: the feature store's folder"""
 
@@ -157,10 +155,10 @@ class Cifar10HConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "n_samples", "steps", "every")
-        if self.dim < 2 or self.n_negatives < 0 or self.block < 2:
+        check_counts(self, "samples", "steps", "every")
+        if self.dim < 2 or self.negatives < 0 or self.block < 2:
             raise OptionError(
-                f"--dim {self.dim} --n-negatives {self.n_negatives} --block {self.block} was given; expected at least 2, 0 "
+                f"--dim {self.dim} --negatives {self.negatives} --block {self.block} was given; expected at least 2, 0 "
                 "and 2"
             )
         check_positive(self, "lr", "kappa", "concentration", "hib_scale")
@@ -297,7 +295,7 @@ def _extract(config: Cifar10HConfig, backbone: Backbone, images: np.ndarray) -> 
     return backbone.extract(images, cache_dir=config.cache_dir, progress=False)
 
 
-MCINFONCE: Preset = {"loss": "mcinfonce", "concentration": 16.0, "kappa": 38.0, "n_negatives": 16, "head_lr": 1e-3}
+MCINFONCE: Preset = {"loss": "mcinfonce", "concentration": 16.0, "kappa": 38.0, "negatives": 16, "head_lr": 1e-3}
 PAPER: Preset = {
     **MCINFONCE,
     "backbone": "resnet18",
@@ -305,8 +303,8 @@ PAPER: Preset = {
     "centred": False,
     "dim": 8,
     "kappa": 16.0,
-    "n_samples": 128,
-    "n_negatives": 32,
+    "samples": 128,
+    "negatives": 32,
     "symmetric": False,
     "head_steps": 0,
     "steps": 100_000,
@@ -333,16 +331,16 @@ PRESETS: dict[str, Preset] = {
     "soft-cross-entropy": {"loss": "soft-cross-entropy"},
     "posthoc": {"variant": "posthoc", "steps": 200, "batch_size": 128, "block": 128, "crops": 0.0},
     "paper": PAPER,
-    "paper-elk": {**PAPER, "loss": "elk", "concentration": 32.0, "kappa": 32.0, "n_negatives": 1, "phases": 0},
-    "paper-hib": {**PAPER, "loss": "hib", "kappa": 32.0, "n_negatives": 0},
-    "paper-hard": {**PAPER, "train_on": "hard", "dim": 16, "n_negatives": 0, "phases": 0},
-    "paper-train-hard": {**PAPER, "train_on": "train-hard", "concentration": 64.0, "kappa": 64.0, "n_negatives": 0},
+    "paper-elk": {**PAPER, "loss": "elk", "concentration": 32.0, "kappa": 32.0, "negatives": 1, "phases": 0},
+    "paper-hib": {**PAPER, "loss": "hib", "kappa": 32.0, "negatives": 0},
+    "paper-hard": {**PAPER, "train_on": "hard", "dim": 16, "negatives": 0, "phases": 0},
+    "paper-train-hard": {**PAPER, "train_on": "train-hard", "concentration": 64.0, "kappa": 64.0, "negatives": 0},
 }  # fmt: skip
 
 
 def command(arguments: Sequence[str] | None = None) -> None:
     """`python -m posthoc.recipes.cifar10h`."""
-    main("cifar10h", Cifar10HConfig, PRESETS, run, __doc__, "--batch-size, --n-samples or --n-negatives", arguments)
+    main("cifar10h", Cifar10HConfig, PRESETS, run, __doc__, "--batch-size, --samples or --negatives", arguments)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Answer:
 
 def make_loss(config: Cifar10HConfig) -> nn.Module | None:
     """The loss of posteriors; None for cross-entropy."""
-    samples, learnable, reference = config.n_samples, config.learnable, config.reference
+    samples, learnable, reference = config.samples, config.learnable, config.reference
     if config.loss == "mcinfonce":
         return MCInfoNCE(config.concentration, samples, learnable, reference=reference)
     if config.loss == ELK:
@@ -118,9 +118,9 @@ class Step(nn.Module):
     ) -> Tensor:  # fmt: skip
         assert self.loss is not None
         more = {} if self.config.loss == ELK else {"generator": generator}
-        if rolled or not self.config.n_negatives:
+        if rolled or not self.config.negatives:
             return self.loss(anchor, positive, None, **more)
-        columns, has = draw_negatives(negative, self.config.n_negatives, generator)
+        columns, has = draw_negatives(negative, self.config.negatives, generator)
         columns, has = columns.to(self.device), has.to(self.device)
         if not has.any():  # a block of one class
             return self.loss(anchor, positive, None, **more)

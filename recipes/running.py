@@ -50,6 +50,8 @@ class RecipeConfig:
     """of every random number"""
     resume: bool = False
     """continue the run that is in that folder"""
+    check: bool = False
+    """fail unless the run has learnt what its preset smoke learns"""
     tracker: tuple[Tracker, ...] = ()
     """also send the metrics there: tensorboard, wandb or trackio, by accelerate"""
 

@@ -67,7 +67,7 @@ class SyntheticConfig(RecipeConfig):
     acceptance: Literal["exact", "paper"] = "exact"
     """constant of the positives' acceptance; paper: its fit, 1.65 nats off at d = 10"""
     sampler: Literal["exact", "paper"] = "exact"
-    """of the process and the loss; paper: its sampler, which misses its concentration above 10 unless kappa >> d"""
+    """of the process; paper: its sampler, which misses its concentration above 10 dimensions unless kappa >> d"""
     encoder_kappa_low: float = 16.0
     """smallest concentration of the encoder at the start"""
     encoder_kappa_high: float = 32.0
@@ -78,6 +78,8 @@ class SyntheticConfig(RecipeConfig):
     """layers between the encoder's first and last"""
     samples: int = 128
     """Monte-Carlo samples of the loss for each posterior"""
+    reference: bool = False
+    """the loss as in the paper's code, with its sampler or its fitted normaliser"""
     negatives: int = 16
     """for each anchor of the concentrations' half phases; 0: the positives of other rows"""
     mean_negatives: int = 0
@@ -102,12 +104,10 @@ class SyntheticConfig(RecipeConfig):
     """of Adam"""
     schedule: Literal["halved", "cosine"] = "halved"
     """halved: the paper's steps; cosine: a rise over a twentieth of the steps, then down to 0, in each half phase"""
-    eval_every: int = 500
+    every: int = 500
     """steps between evaluations and checkpoints"""
     eval_rows: int = 2000
     """images of an evaluation: all their pairs are compared"""
-    check: bool = False
-    """fail unless the cosines have become better"""
     cache_dir: Path | None = None
     """where processes are kept; default: a folder of the feature store"""
 
@@ -115,7 +115,7 @@ class SyntheticConfig(RecipeConfig):
         super().__post_init__()
         if self.kappa_steps is not None and self.kappa_steps < 1:
             raise OptionError(f"--kappa-steps {self.kappa_steps} was given; expected at least 1")
-        check_counts(self, "input_dim", "encoder_hidden", "samples", "steps", "batch_size", "eval_every")
+        check_counts(self, "input_dim", "encoder_hidden", "samples", "steps", "batch_size", "every")
         if (
             self.encoder_dim < 2
             or min(self.negatives, self.mean_negatives) < 0
@@ -195,8 +195,8 @@ def _in_blocks(mean: Tensor, kappa: Tensor) -> list[VonMisesFisher]:
 
 
 def make_criterion(config: SyntheticConfig) -> nn.Module:
-    """The loss of the options, with the paper's sampler where that is asked for."""
-    paper = config.sampler == "paper"
+    """The loss of the options."""
+    paper = config.reference
     if config.loss == "elk":
         return ExpectedLikelihoodKernel(config.kappa_positive, config.learnable, reference=paper)
     if config.loss == "hib":
@@ -259,7 +259,7 @@ def _train(run: Run, config: SyntheticConfig, step: SyntheticStep, number: int, 
     plan = Plan(
         name=stage.name,
         steps=stage.steps,
-        every=config.eval_every,
+        every=config.every,
         batch=lambda i: (number, i, stage.negatives),
         evaluate=lambda: round_figures(step.encoder, truth),
         folder=run.folder,
@@ -305,9 +305,9 @@ def run(config: SyntheticConfig) -> dict[str, Any]:
 _OURS: Preset = {"encoder_width": 64, "encoder_hidden": 2, "schedule": "cosine", "lr": 2e-3, "batch_size": 128,
                  "samples": 16, "negatives": 32, "mean_negatives": 4, "negative_weight": 1.0}  # fmt: skip
 PRESETS: dict[str, Preset] = {
-    "smoke": {**_OURS, "steps": 150, "eval_every": 50, "eval_rows": 500, "check": True},
+    "smoke": {**_OURS, "steps": 150, "every": 50, "eval_rows": 500, "check": True},
     "default": {**_OURS, "steps": 16_000, "kappa_steps": 1500},
-    "paper": {"eval_rows": 10_000, "acceptance": "paper", "sampler": "paper"},
+    "paper": {"eval_rows": 10_000, "acceptance": "paper", "sampler": "paper", "reference": True},
     "ambiguous": {"batch_size": 512, "samples": 512, "negatives": 32},
     "clear": {"kappa_low": 64.0, "kappa_high": 128.0},
     "injective": {"kappa_low": math.inf, "kappa_high": math.inf},

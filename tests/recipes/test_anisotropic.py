@@ -206,11 +206,11 @@ def test_bad_options_are_one_line(
 
 
 def test_a_run_that_does_not_learn_says_so(tmp_path: Path) -> None:
-    config = AnisotropicConfig(batch_size=16, steps=2, expect_r2=0.999, output=tmp_path / "run")
-    with pytest.raises(PosthocError, match=r"after 2 steps; expected 0\.999"):
+    config = AnisotropicConfig(batch_size=16, steps=2, check=True, output=tmp_path / "run")
+    with pytest.raises(PosthocError, match=r"after 2 steps; expected 0\.95"):
         anisotropic.run(config)
     with pytest.raises(OptionError, match="holds a run already"):
-        anisotropic.run(replace(config, expect_r2=None))
+        anisotropic.run(replace(config, check=False))
 
 
 def test_images_are_the_other_recipes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ def test_the_papers_scripts_are_the_presets() -> None:
     }
     for name, (dim, t, kappa, negatives, phases) in known.items():
         config = Cifar10HConfig(**PRESETS[name])
-        assert (config.dim, config.kappa, config.n_negatives, config.phases) == (dim, kappa, negatives, phases)
+        assert (config.dim, config.kappa, config.negatives, config.phases) == (dim, kappa, negatives, phases)
         assert t is None or config.concentration == t
     hib = Cifar10HConfig(**PRESETS["paper-hib"])
     assert (hib.hib_scale, hib.hib_shift) == (2.0, 1.0)
@@ -215,7 +215,7 @@ class Table(nn.Module):
 
 
 def _step(**options: Any) -> Step:
-    config = Cifar10HConfig(batch_size=32, block=16, n_negatives=4, n_samples=16, **options)
+    config = Cifar10HConfig(batch_size=32, block=16, negatives=4, samples=16, **options)
     rng = np.random.default_rng(2)
     table = rng.normal(size=(90, 6)).astype(np.float32)
     labels = rng.dirichlet(np.full(4, 0.3), 90).astype(np.float32)

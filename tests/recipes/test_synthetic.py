@@ -23,7 +23,7 @@ from .recipe_children import kill_at_checkpoint, metrics, results
 
 TINY = {
     "input_dim": 3, "latent_dim": 3, "encoder_dim": 3, "encoder_width": 12, "encoder_hidden": 1, "batch_size": 128,
-    "samples": 8, "negatives": 2, "eval_every": 5, "eval_rows": 60, "steps": 10, "kappa_steps": 10, "lr": 3e-3, "spread": 1.0,
+    "samples": 8, "negatives": 2, "every": 5, "eval_rows": 60, "steps": 10, "kappa_steps": 10, "lr": 3e-3, "spread": 1.0,
 }  # fmt: skip
 NO_AMBIGUITY = {"kappa_low": math.inf, "kappa_high": math.inf}
 CIRCLE = {"input_dim": 2, "latent_dim": 2, "encoder_dim": 2, "sampler": "paper"}
@@ -207,8 +207,8 @@ def test_the_papers_scripts_are_presets_on_its_defaults(name: str) -> None:
         "batch_size": 128, "samples": 128, "negatives": 16, "lr": 1e-4, "phases": 1, "steps": 50_000, "loss": "mcinfonce",
         "kappa_positive": 20.0, "kappa_low": 16.0, "kappa_high": 32.0, "encoder_kappa_low": 16.0, "encoder_kappa_high": 32.0,
         "encoder_width": 0, "encoder_hidden": 6, "mean_negatives": 0, "negative_weight": None, "schedule": "halved",
-        "acceptance": "paper", "sampler": "paper", "hib_scale": 1.0, "hib_shift": 0.0, "learnable": False,
-        "eval_rows": 10_000, "eval_every": 500, "family": "vmf", "spread": 0.5,
+        "acceptance": "paper", "sampler": "paper", "reference": True, "hib_scale": 1.0, "hib_shift": 0.0, "learnable": False,
+        "eval_rows": 10_000, "every": 500, "family": "vmf", "spread": 0.5,
     }  # fmt: skip
     expected = {**defaults, **SCRIPTS[name]}
     assert {option: getattr(found, option) for option in expected} == expected
