@@ -2,7 +2,7 @@
 
     python benchmarks/anisotropic_images.py --data DATA --output outputs/anisotropic_images
 
-DATA is where `shared/data/get_data.py` has put CIFAR-10, and where cifar10_resnet20.safetensors lies (or give --weights). A
+DATA is where `shared/data/get_data.py` has put CIFAR-10, and where cifar10_resnet20.safetensors lies (or give --checkpoint). A
 run that is there is not computed again.
 """
 
@@ -102,13 +102,13 @@ def draw(path: Path, found: dict[str, list[dict[str, Any]]], names: list[str]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10 and of ResNet-20's weights")
-    parser.add_argument("--weights", type=Path, help="ResNet-20's weights, if they lie elsewhere")
+    parser.add_argument("--checkpoint", type=Path, help="ResNet-20's weights, if they lie elsewhere")
     parser.add_argument("--output", type=Path, default=Path("outputs/anisotropic_images"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
     common = ["--data-dir", str(arguments.data)]
-    common += ["--weights", str(arguments.weights)] if arguments.weights else []
+    common += ["--checkpoint", str(arguments.checkpoint)] if arguments.checkpoint else []
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.only}
     for seed in arguments.seeds:
         for name, runs in found.items():

@@ -23,15 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision import transforms
 
-from ..adapters.backbone import Backbone, build_backbone
 from ..adapters.errors import DataError, OptionError, PosthocError
 from ..adapters.gathering import gather_rows
 from ..adapters.losses import AnInfoNCE, NTXent
 from ..adapters.training import warmup_cosine
 from ..adapters.training_loop import Plan, Record, run_plan
-from ..eval.datasets import default_data_dir
 from . import running
 from .anisotropic_readout import Figures, Judged, draw, readout, table
 from .anisotropic_views import (
@@ -46,7 +43,8 @@ from .anisotropic_views import (
     stored_views,
 )
 from .augmentations import Augmentation
-from .networks import CifarResNet, StridedConvNet
+from .cifar10h_networks import cifar_backbone
+from .networks import StridedConvNet
 from .running import RecipeConfig, Run, check_counts, check_positive, seeded_module
 
 HELD_OUT = 1000
@@ -69,7 +67,7 @@ class ImagesConfig(RecipeConfig):
     """folder of the data; default: $POSTHOC_DATA"""
     encoder: Literal["scratch", "frozen"] = "scratch"
     """a small network trained here, or CIFAR-10's ResNet-20 frozen, of which only a projection is trained"""
-    weights: Path | None = None
+    checkpoint: Path | None = None
     """of the ResNet-20; default: cifar10_resnet20.safetensors in the folder of the data"""
     cache_dir: Path | None = None
     """where its features are stored; default: the library's store"""
@@ -263,6 +261,11 @@ def prepare(config: ImagesConfig, run: Run) -> Material:
     """Raises DataError for data that are not there or too few, OptionError for batches that do not fit."""
     train, test = (load_images(config.dataset, split, config.data_dir) for split in ("train", "test"))
     train = train.first(config.train_images or len(train.label))
+    backbone = None
+    if config.encoder == "frozen":
+        backbone = cifar_backbone("resnet20", config.checkpoint, config.data_dir).to(run.device)
+    known = "" if backbone is None else backbone.fingerprint()
+    run.stands_on(train.pixels.numpy(), train.label, test.pixels.numpy(), test.label, known)
     least = max(config.read_images, config.batch_size)
     if len(train.label) < HELD_OUT + least:
         raise DataError(
@@ -276,14 +279,13 @@ def prepare(config: ImagesConfig, run: Run) -> Material:
     seed = config.seed if config.encoder == "scratch" else 0
     sets = (held_out, held_out, train.first(config.read_images), test.first(config.read_images))
     *pair, fit, scored = [image_part(one, how, seed, stream, run.device) for stream, one in enumerate(sets)]
-    if config.encoder == "scratch":
+    if backbone is None:
         network = seeded_module(lambda: StridedConvNet(train.pixels.shape[1], config.width), config.seed, ENCODER)
         encoder: nn.Module = Centred(network)
         size = network.size
         batch = image_batches(train, how, config.batch_size, config.seed, run.launch, run.device)
         first, second = (torch.cat(list(one.view())) for one in pair)
     else:
-        backbone = resnet20(config, run.device)
         streams = range(len(sets), len(sets) + config.views)
         stored = [image_part(train, how, seed, stream, run.device) for stream in streams]
         features = stored_views(stored, backbone, config.cache_dir)
@@ -293,18 +295,6 @@ def prepare(config: ImagesConfig, run: Run) -> Material:
         batch = feature_batches(features.to(run.device), config.batch_size, config.seed, run.launch)
     module = seeded_module(lambda: Contrast(encoder, size, config), config.seed, HEAD).to(run.device)
     return Material(module, batch, (first, second), fit, scored)
-
-
-def resnet20(config: ImagesConfig, device: torch.device) -> Backbone:
-    """CIFAR-10's ResNet-20, frozen. Raises DataError without its weights, BackboneError for others."""
-    weights = config.weights or (config.data_dir or default_data_dir()) / "cifar10_resnet20.safetensors"
-    if not weights.is_file():
-        raise DataError(
-            f"{weights} is not there: lay ResNet-20's weights on CIFAR-10 there, or give them with --weights"
-        )
-    normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    transform = transforms.Compose([transforms.ToTensor(), normalise])
-    return build_backbone(CifarResNet(20), checkpoint=weights, transform=transform, device=device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -47,12 +47,13 @@ from .cifar10h_networks import (
     SoftClassifier,
     cifar_backbone,
     features_of,
+    log_kappa_range,
     statistics,
     trainable_copy,
 )
 from .cifar10h_report import Fold, Judged, judge
-from .cifar10h_training import SOFT, Step, Watch, answer, make_loss, train_fold
-from .running import Preset, RecipeConfig, Run, check_counts, check_positive, main, seeded_module
+from .cifar10h_training import SOFT, Step, Watch, answer, check_rows, make_loss, train_fold
+from .running import Preset, RecipeConfig, Run, check_counts, check_positive, main, row_blocks, seeded_module
 
 NETWORK = 303  # place of the random numbers
 
@@ -117,7 +118,7 @@ class Cifar10HConfig(RecipeConfig):
     """steps between evaluations and checkpoints"""
     batch_size: int = 64
     """anchors of a step, over all processes"""
-    block: int = 64
+    block: int = 32
     """anchors that are each other's negatives; a process takes whole blocks"""
     lr: float = 5e-4
     """of AdamW, for the backbone, which posthoc leaves as it is"""
@@ -168,6 +169,8 @@ class Cifar10HConfig(RecipeConfig):
             )
         if self.batch_size % self.block:
             raise OptionError(f"--batch-size {self.batch_size} was given; expected a multiple of --block {self.block}")
+        if self.parametrization == "network" and self.loss != SOFT:
+            log_kappa_range(self.dim, self.kappa)
         if not 0 <= self.crops <= 1:
             raise OptionError(f"--crops {self.crops} was given; expected a share from 0 to 1")
         if self.variant == "posthoc" and (self.scratch or self.train_on == "train-hard"):
@@ -178,11 +181,16 @@ class Cifar10HConfig(RecipeConfig):
 def run(config: Cifar10HConfig) -> None:
     """Train a network for each fold, score all test images by networks that have not seen them, and judge the scores."""
     run = Run("cifar10h", config)
+    row_blocks(config.batch_size, config.block, run.launch)
     data_dir = Path(config.data_dir or default_data_dir()).expanduser()
     if config.download:
         run.launch.on_main(lambda: fetch_cifar10(data_dir))
     data = load_cifar10h(data_dir, config.labels, config.images, config.rows)
     backbone = cifar_backbone(config.backbone, config.checkpoint, data_dir, config.scratch, config.seed)
+    run.stands_on(data.images, data.votes, backbone.fingerprint("logits"))
+    sets = five_sets(len(data.images), config.seed)
+    if config.train_on != "train-hard":
+        check_rows(min(len(fold_rows(sets, fold)[0]) for fold in config.folds), config)
     backbone.to(run.device)
     fractions = crop_fractions(len(data.images), config.seed)
     crops = cropped(data.images, fractions)
@@ -192,7 +200,6 @@ def run(config: Cifar10HConfig) -> None:
     inputs, labels, training = _inputs(config, backbone, data, crops, data_dir)
     features = _feature_inputs(config, backbone, data, crops) if config.trains_head_first else None
     given = Given(run, config, data, backbone, fractions, inputs, features, labels, training)
-    sets = five_sets(len(data.images), config.seed)
     folds = [one_fold(given, fold, *fold_rows(sets, fold)) for fold in config.folds]
     judged = Judged(data, fractions, folds, free, "fine-tuned entropy" if config.loss == SOFT else "1/kappa")
     run.finish(judge(judged, run.folder, run.launch, config.resamples, config.seed))
@@ -231,9 +238,9 @@ def one_fold(given: Given, fold: int, train: np.ndarray, validation: np.ndarray,
     if given.features is not None:
         whole, network.backbone = network.backbone, nn.Identity()
         alone = replace(config, steps=config.head_steps, every=config.head_steps)
-        train_fold(run, f"fold{fold}-head", *watched(given.features, alone), rows, fold)
+        train_fold(run, *watched(given.features, alone), rows, fold, "-head")
         network.backbone = whole
-    history = train_fold(run, f"fold{fold}", step, watch, rows, fold)
+    history = train_fold(run, step, watch, rows, fold)
     best = history.records[history.best]
     if config.check and not best["human_spearman"] > max(first["human_spearman"], 0.1):
         raise PosthocError(
@@ -310,7 +317,7 @@ PAPER: Preset = {
     "steps": 100_000,
     "every": 1000,
     "batch_size": 128,
-    "block": 128,
+    "block": 64,
     "lr": 1e-4,
     "head_lr": None,
     "schedule": "halved",
@@ -329,7 +336,7 @@ PRESETS: dict[str, Preset] = {
     "mcinfonce": MCINFONCE,
     "hib": {"loss": "hib", "kappa": 38.0, "hib_scale": 8.0, "hib_shift": -2.0, "head_lr": 1e-3},
     "soft-cross-entropy": {"loss": "soft-cross-entropy"},
-    "posthoc": {"variant": "posthoc", "steps": 200, "batch_size": 128, "block": 128, "crops": 0.0},
+    "posthoc": {"variant": "posthoc", "steps": 200, "batch_size": 128, "block": 64, "crops": 0.0},
     "paper": PAPER,
     "paper-elk": {**PAPER, "loss": "elk", "concentration": 32.0, "kappa": 32.0, "negatives": 1, "phases": 0},
     "paper-hib": {**PAPER, "loss": "hib", "kappa": 32.0, "negatives": 0},

@@ -18,6 +18,7 @@ from ..adapters.backbone import Backbone, build_backbone
 from ..adapters.errors import BackboneError, OptionError, suggest
 from ..adapters.heads.common import LogSumExpNet
 from ..adapters.vmf import VonMisesFisher, concentration_from_resultant
+from ..eval.datasets import default_data_dir
 from .networks import CifarResNet
 from .running import seeded
 
@@ -38,10 +39,13 @@ WIDTH = 64
 """Of the network that answers with kappa."""
 
 
-def cifar_backbone(name: str, checkpoint: Path | None, data_dir: Path, scratch: bool, seed: int) -> Backbone:
+def cifar_backbone(
+    name: str, checkpoint: Path | None = None, data_dir: Path | None = None, scratch: bool = False, seed: int = 0
+) -> Backbone:
     """A classifier of 32 px images: "resnet20", "resnet56", or a timm network with a stem for small images.
 
-    checkpoint: its weights on CIFAR-10; None: those of ResNet-20 and 56 are looked for in `data_dir`. scratch: random
+    checkpoint: its weights on CIFAR-10; None: those of ResNet-20 and 56 are looked for in `data_dir`, or
+    in `default_data_dir()`. scratch: random
     weights by the seed, and GroupNorm in the place of BatchNorm. Raises BackboneError, and OptionError for both at once.
     """
     if scratch and checkpoint is not None:
@@ -49,7 +53,7 @@ def cifar_backbone(name: str, checkpoint: Path | None, data_dir: Path, scratch: 
     if name not in DEPTHS and not timm.is_model(name):
         raise BackboneError(f"--backbone {name!r} is unknown; {suggest(name, [*DEPTHS, *timm.list_models()])}")
     if not scratch and checkpoint is None:
-        checkpoint = _known_weights(name, data_dir)
+        checkpoint = _known_weights(name, Path(data_dir or default_data_dir()).expanduser())
     with seeded(seed):
         module = small_image_network(name)
         if scratch:
@@ -110,6 +114,16 @@ def _known_weights(name: str, data_dir: Path) -> Path:
     )
 
 
+def log_kappa_range(dim: int, kappa: float) -> tuple[float, float]:
+    """Between which logarithms of concentrations the network answers. Raises OptionError where `kappa` is beyond them."""
+    low, high = (float(bound.log()) for bound in concentration_from_resultant(BOUNDS.double(), dim))
+    if not low < math.log(kappa) < high:
+        raise OptionError(
+            f"--kappa {kappa:g} was given; in {dim} dimensions expected {math.exp(low):.3g} to {math.exp(high):.3g}"
+        )
+    return low, high
+
+
 class PosteriorNetwork(nn.Module):
     """Inputs -> posteriors vMF(mu, kappa) on S^(dim-1): a backbone, a linear projection, and a concentration.
 
@@ -135,10 +149,7 @@ class PosteriorNetwork(nn.Module):
             self.projection = parametrizations.weight_norm(self.projection, dim=0)
         else:
             self.network = LogSumExpNet(features, WIDTH)
-            self.low, self.high = (float(bound.log()) for bound in concentration_from_resultant(BOUNDS.double(), dim))
-            if not self.low < math.log(kappa) < self.high:
-                low, high = math.exp(self.low), math.exp(self.high)
-                raise OptionError(f"--kappa {kappa:g} was given; in {dim} dimensions expected {low:.3g} to {high:.3g}")
+            self.low, self.high = log_kappa_range(dim, kappa)
             self.level = nn.Parameter(
                 torch.tensor(math.log((math.log(kappa) - self.low) / (self.high - math.log(kappa))))
             )
@@ -167,15 +178,15 @@ class PosteriorNetwork(nn.Module):
 
     def forward(self, inputs: Tensor) -> VonMisesFisher:
         features = features_of(self.backbone, inputs)
-        projected = self.projection(features)
-        if self.network is None:
-            kappa = projected.norm(dim=-1)
-        else:
-            # log kappa between its bounds on a sigmoid, of slope about 1 in the middle, as in the kappa head
-            width = self.high - self.low
-            share = torch.sigmoid(self.level + 4.0 / width * self.network(features))
-            kappa = (self.low + width * share).exp()
-        return VonMisesFisher(functional.normalize(projected, dim=-1), kappa, validate_args=False)
+        with torch.autocast(features.device.type, enabled=False):  # 8 bits of a large log kappa are too few
+            projected = self.projection(features)
+            kappa = projected.norm(dim=-1) if self.network is None else self._kappa(self.network(features))
+            return VonMisesFisher(functional.normalize(projected, dim=-1), kappa, validate_args=False)
+
+    def _kappa(self, score: Tensor) -> Tensor:
+        """log kappa between its bounds on a sigmoid, of slope about 1 in the middle, as in the kappa head."""
+        width = self.high - self.low
+        return (self.low + width * torch.sigmoid(self.level + 4.0 / width * score)).exp()
 
 
 class SoftClassifier(nn.Module):
@@ -187,7 +198,7 @@ class SoftClassifier(nn.Module):
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         features = features_of(self.backbone, inputs)
-        return features, self.linear(features)
+        return features, self.linear(features).float()
 
 
 def features_of(backbone: nn.Module, inputs: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 ROWS = 128
 """Images of one pass without gradients."""
 ORDER, TRAINING, VALIDATION = 300, 301, 302  # places of the random numbers
+Stage = Literal["", "-head"]
+"""The training of a fold's whole network, and of its head alone before."""
+STAGES: tuple[Stage, ...] = get_args(Stage)
 ELK, SOFT = "elk", "soft-cross-entropy"
 
 
@@ -213,23 +216,29 @@ class Watch:
         return total / count
 
 
-def train_fold(run: Run, name: str, step: Step, watch: Watch, rows: np.ndarray, fold: int) -> History:
+def check_rows(count: int, config: Cifar10HConfig) -> None:
+    """Raises DataError where there are fewer rows to train on than a batch has."""
+    if count < config.batch_size:
+        raise DataError(f"{count} rows to train on are fewer than a batch: give --batch-size {count} or less")
+
+
+def train_fold(run: Run, step: Step, watch: Watch, rows: np.ndarray, fold: int, stage: Stage = "") -> History:
     """Train one fold's network on `rows`; it ends at the round that `config.keep` says, in eval mode."""
     config = step.config
     blocks = row_blocks(config.batch_size, config.block, run.launch)
+    check_rows(len(rows), config)
     each = len(rows) // config.batch_size
-    if not each:
-        raise DataError(f"{len(rows)} rows to train on are fewer than a batch: give --batch-size {len(rows)} or less")
+    name, number = f"fold{fold}{stage}", STAGES.index(stage)
     parameters = _groups(step, config)
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
     factor = warmup_cosine(config.steps, config.warmup) if config.schedule == "cosine" else _halved(config.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    order = EpochOrder(rows, config.seed, ORDER, fold)
+    order = EpochOrder(rows, config.seed, ORDER, fold, number)
 
     def batch(i: int) -> tuple[Tensor, list[tuple[int, ...]], bool]:
         epoch, place = divmod(i, each)
         taken = torch.from_numpy(order(epoch))[place * config.batch_size : (place + 1) * config.batch_size]
-        places: list[tuple[int, ...]] = [(config.seed, TRAINING, fold, i, block) for block in blocks]
+        places: list[tuple[int, ...]] = [(config.seed, TRAINING, fold, number, i, block) for block in blocks]
         return taken.view(-1, config.block)[list(blocks)], places, config.phases == 1 and i < config.steps // 2
 
     plan = Plan(

@@ -10,6 +10,7 @@ to the result that an unbroken one has.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -95,13 +97,30 @@ class Run:
         self.name, self.config, self.folder = name, config, config.output
         self.launch: Launch = check_launch()
         self.signature = json.dumps(self._kept(config), sort_keys=True)
-        self.launch.on_main(self._check_folder)
-        write_run(self.folder, "config.json", {"recipe": name, **asdict(config)})
+        self.content = self.launch.on_main(self._check_folder)
+        write_run(self.folder, "config.json", self._described())
         self.accelerator = Accelerator(log_with=list(config.tracker) or None, project_dir=str(self.folder))
         if config.tracker:
             self.accelerator.init_trackers(f"posthoc-{name}", config=plain(self._kept(config)))
         self.device = self.accelerator.device
         self.started = time.perf_counter()
+
+    def stands_on(self, *content: np.ndarray | str) -> None:
+        """What the run is made from besides its options: arrays, such as images, or fingerprints, such as a backbone's.
+
+        Raises OptionError where the run to be continued was made from something else.
+        """
+        digest = hashlib.sha256()
+        for one in content:
+            digest.update(one.encode() if isinstance(one, str) else np.ascontiguousarray(one).data)
+        found = digest.hexdigest()
+        if self.content not in (None, found):
+            raise OptionError(
+                f"--resume: the run in {self.folder} was made from other data or weights: give it the same ones"
+            )
+        self.content = found
+        self.signature += found
+        write_run(self.folder, "config.json", self._described())
 
     def observe(self, training: str) -> Callable[[Record], None] | None:
         """For `Plan.observe`: sends a training's records to the trackers, if there are any."""
@@ -123,12 +142,17 @@ class Run:
         )
         self.accelerator.end_training()
 
-    def _check_folder(self) -> None:
+    def _described(self) -> dict[str, Any]:
+        made_from = {} if self.content is None else {"content": self.content}
+        return {"recipe": self.name, **asdict(self.config), **made_from}
+
+    def _check_folder(self) -> str | None:
+        """The fingerprint of what the run in the folder was made from, where there is one and it says so."""
         known = self.folder / "config.json"
         if self.folder.exists() and not self.folder.is_dir():
             raise OptionError(f"--output {self.folder} is a file; expected a folder")
         if not known.exists():
-            return
+            return None
         if not self.config.resume:
             raise OptionError(
                 f"--output {self.folder} holds a run already: continue it with --resume, or give another folder"
@@ -142,6 +166,7 @@ class Run:
         if other:
             shown = ", ".join(f"{name} is {found.get(name)!r} there and {wanted[name]!r} here" for name in other[:4])
             raise OptionError(f"--resume: the run in {self.folder} has other options ({shown}): give it the same ones")
+        return found.get("content")
 
     @staticmethod
     def _kept(config: RecipeConfig) -> dict[str, Any]:

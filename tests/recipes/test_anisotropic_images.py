@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from posthoc.adapters.distributed import Launch
-from posthoc.adapters.errors import DataError, OptionError
+from posthoc.adapters.errors import OptionError
 from posthoc.recipes import anisotropic, anisotropic_images
 from posthoc.recipes.anisotropic_images import PRESETS, ImagesConfig
 from posthoc.recipes.anisotropic_readout import Judged, readout, table
@@ -263,9 +263,3 @@ def test_what_cannot_work_is_said_before_it_is_tried(
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_options(name: str) -> None:
     ImagesConfig(**PRESETS[name])
-
-
-def test_a_missing_network_is_named(tmp_path: Path) -> None:
-    config = ImagesConfig(encoder="frozen", data_dir=tmp_path)
-    with pytest.raises(DataError, match=r"cifar10_resnet20\.safetensors is not there.*--weights"):
-        anisotropic_images.resnet20(config, CPU)

@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(folder: Path, output: str, *more: str) -> list[str]:
-    tiny = "--folds 0 --head-steps 6 --steps 6 --every 2 --resamples 20 --n-samples 8 --batch-size 32 --block 16"
+    tiny = "--folds 0 --head-steps 6 --steps 6 --every 2 --resamples 20 --samples 8 --batch-size 32 --block 16"
     return ["--data-dir", str(folder), "--output", output, "--cache-dir", str(folder / "cache"), *tiny.split(), *more]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,7 +114,22 @@ def test_a_tracker_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_metrics_are_sent_to_a_tracker(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    words = ["--preset", "smoke", "2d", "--steps", "2", "--eval-every", "1", "--no-check", "--spread", "1.0"]
+    words = ["--preset", "smoke", "2d", "--steps", "2", "--every", "1", "--no-check", "--spread", "1.0"]
     results("synthetic", [*words, "--cache-dir", "p", "--output", "a", "--tracker", "tensorboard"], tmp_path)
     (events, *_) = (tmp_path / "a").glob("**/events.out.tfevents.*")
     assert b"phase-1-mean/cosines_spearman" in events.read_bytes()
+
+
+def test_a_run_that_was_made_from_something_else_is_not_continued(tmp_path: Path) -> None:
+    config = Config(output=tmp_path / "run")
+    images = np.arange(6, dtype=np.uint8)
+    first = Run("some", config)
+    first.stands_on(images, "weights")
+    again = replace(config, resume=True)
+    Run("some", again)  # killed before it had read its data: what it was made from stays known
+    same = Run("some", again)
+    same.stands_on(images.copy(), "weights")
+    assert same.signature == first.signature
+    for other in ((images + 1, "weights"), (images, "other weights")):
+        with pytest.raises(OptionError, match="made from other data or weights"):
+            Run("some", again).stands_on(*other)
