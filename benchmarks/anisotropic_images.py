@@ -9,14 +9,12 @@ run that is there is not computed again.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from recipe_runs import carried_out
 
 from posthoc.eval.plots import legend, page
 from posthoc.recipes.anisotropic_readout import bars
@@ -34,16 +32,6 @@ VARIANTS: dict[str, list[str]] = {
 
 def folder_of(output: Path, name: str, seed: int) -> Path:
     return output / f"{name.replace(',', '').replace(' ', '-').lower()}-{seed}"
-
-
-def run(words: list[str], folder: Path) -> dict[str, Any]:
-    """results.json of a run, which is begun or continued where it is not there."""
-    done = folder / "results.json"
-    if not done.exists():
-        again = ["--resume"] if (folder / "config.json").exists() else []
-        command = [sys.executable, "-m", "posthoc.recipes.anisotropic_images", *words, *again]
-        subprocess.run([*command, "--output", str(folder)], check=True, stdout=subprocess.DEVNULL)
-    return json.loads(done.read_text())
 
 
 def spread(values: Iterable[float]) -> str:
@@ -113,7 +101,7 @@ def main() -> None:
     for seed in arguments.seeds:
         for name, runs in found.items():
             words = [*VARIANTS[name], *common, "--seed", str(seed)]
-            runs.append(run(words, folder_of(arguments.output, name, seed)))
+            runs.append(carried_out("anisotropic_images", words, folder_of(arguments.output, name, seed)))
     for kind, post_hoc in (("Trained here", False), ("Projection of frozen features", True)):
         names = [name for name in found if name.startswith("post-hoc") == post_hoc]
         if not names:

@@ -9,14 +9,12 @@ from random weights, with kappa from a network and from the norm: hours on two c
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from recipe_runs import carried_out
 from tyro.conf import Positional
 
 from posthoc.adapters.files import replace_file
@@ -45,6 +43,8 @@ PARTS: dict[str, dict[str, str]] = {
         for kind in ("network", "norm")
     },
 }
+PLAIN = str.maketrans(" ", "-", ",=")
+"""Names of runs as names of folders."""
 METRICS = {
     "human_spearman": "votes' entropy",
     "crop_spearman": "1 - crop fraction",
@@ -66,17 +66,6 @@ class Options:
     """folder of the runs and of table.md"""
 
 
-def carried_out(folder: Path, words: str, data_dir: Path) -> dict[str, Any]:
-    """results.json of a run, which is made unless it is there; an unfinished one goes on."""
-    found = folder / "results.json"
-    if not found.exists():
-        given = ["--data-dir", str(data_dir), "--output", str(folder)]
-        resume = ["--resume"] if (folder / "config.json").exists() else []
-        command = [sys.executable, "-m", "posthoc.recipes.cifar10h", *words.split(), *given, *resume]
-        subprocess.run(command, check=True)
-    return json.loads(found.read_text())
-
-
 def shown(cell: dict[str, Any] | None) -> str:
     """Value, and the paired difference with its interval where there is one."""
     if cell is None:
@@ -89,7 +78,7 @@ def shown(cell: dict[str, Any] | None) -> str:
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """A row for each run, and those of the scores that cost nothing from the first of them."""
-    head = ["", *METRICS.values(), "credible sets: coverage, share", "seconds"]
+    head = ["", *METRICS.values(), "credible sets: coverage, share", "training, s"]
     lines = [head, ["---"] * len(head)]
     first = next(iter(runs.values()))
     free = [name for name in first["tables"][0]["scores"] if name in ("entropy", "energy", "1/feature-norm")]
@@ -105,7 +94,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
             "" if sets is None else ", ".join(f"{sets['nominal'][key]:.3f}" for key in ("coverage", "share_of_gallery"))
         )
         row = [shown(cells.get(metric)) for metric in METRICS]
-        lines.append([f"**{name}**", *row, both, f"{one['made']['seconds']:.0f}"])
+        lines.append([f"**{name}**", *row, both, f"{sum(fold['seconds'] for fold in one['folds']):.0f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -113,8 +102,12 @@ def main(options: Options) -> None:
     text = []
     for part in options.parts:
         runs = {
-            name: carried_out(options.output / part / str(place), words, options.data_dir)
-            for place, (name, words) in enumerate(PARTS[part].items())
+            name: carried_out(
+                "cifar10h",
+                [*words.split(), "--data-dir", str(options.data_dir)],
+                options.output / part / name.translate(PLAIN),
+            )
+            for name, words in PARTS[part].items()
         }
         text.append(f"### {part}\n\n{table(runs)}\n")
     options.output.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,6 @@ Runs that are there already are read, not repeated; `--jobs` of them go at a tim
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from recipe_runs import carried_out
 from tyro.conf import Positional
 
 from posthoc.adapters.files import replace_file
@@ -76,27 +73,6 @@ class Options:
     """runs at a time, one thread each"""
 
 
-def carried_out(folder: Path, words: Sequence[str], seed: int) -> dict[str, Any]:
-    """results.json of a run, which is made unless it is there; an unfinished one goes on."""
-    found = folder / "results.json"
-    if not found.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "posthoc.recipes.synthetic",
-            *words,
-            "--seed",
-            str(seed),
-            "--output",
-            str(folder),
-        ]
-        resume = ["--resume"] if (folder / "config.json").exists() else []
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".log").open("a") as log:
-            subprocess.run([*command, *resume], check=True, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return json.loads(found.read_text())
-
-
 def row(name: str, runs: list[dict[str, Any]]) -> str:
     cells = [name]
     for column in COLUMNS:
@@ -117,9 +93,10 @@ def main() -> None:
                 name: [
                     pool.submit(
                         carried_out,
+                        "synthetic",
+                        (*words, "--seed", str(seed)),
                         options.output / f"{part}-{name}-{seed}".replace(" ", ""),
-                        words,
-                        seed,
+                        1,
                     )
                     for seed in seeds
                 ]

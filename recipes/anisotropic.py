@@ -25,14 +25,13 @@ from torch.nn import functional
 from ..adapters.errors import OptionError, PosthocError
 from ..adapters.gathering import gather_rows
 from ..adapters.losses import AnInfoNCE, AnInfoNCEEnsemble, NTXent
-from ..adapters.training import warmup_cosine
 from ..adapters.training_loop import Plan, Record, run_plan, step_generator
 from ..eval.identifiability import linear_r2, mean_correlation, precision_recovery, random_half
 from . import running
 from .anisotropic_process import Layout, Pairs, Sampler, mixing, precisions, uniform_directions
 from .anisotropic_report import draw, table
 from .encoders import mlp
-from .running import RecipeConfig, Run, check_counts, check_positive, seeded_module
+from .running import RecipeConfig, Run, check_counts, check_positive, scheduled, seeded_module
 
 JUDGED, REPEATS = 4096, 10
 """Latents that the metrics look at, and how often at other ones at the end."""
@@ -217,7 +216,8 @@ def run(config: AnisotropicConfig) -> None:
             {"params": module.loss.parameters(), "lr": config.lr_precision},
         ]
     )
-    factor = warmup_cosine(config.steps, WARMUP) if config.schedule == "cosine" else lambda _: 1.0
+    batch(0)
+    acceptance = batch.acceptance  # of the first batches: of all of them a continued run knows no more
     judge = Judge(module, network, truth / (1 + config.hard_negatives), config)
     plan = Plan(
         name="train",
@@ -227,10 +227,10 @@ def run(config: AnisotropicConfig) -> None:
         evaluate=judge,
         folder=config.output,
         signature=run.signature,
-        observe=run.observe("train"),
+        observe=run.observe("train", config.steps),
     )
-    history = run_plan(module, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor), plan)
-    results = summary(judge, batch, history.records[-1], config.steps / history.seconds)
+    history = run_plan(module, optimizer, scheduled(config.schedule, optimizer, config.steps, WARMUP), plan)
+    results = summary(judge, acceptance, history.records[-1], config.steps / history.seconds)
     if run.launch.is_main:
         draw(config.output, history.records, module.precision, judge.truth)
         print(table(results))
@@ -240,7 +240,7 @@ def run(config: AnisotropicConfig) -> None:
         raise PosthocError(f"R^2 is {reached:.3f} after {config.steps} steps; expected {LEARNT} or more")
 
 
-def summary(judge: Judge, batch: Pairs, last: Record, speed: float) -> dict[str, Any]:
+def summary(judge: Judge, acceptance: float, last: Record, speed: float) -> dict[str, Any]:
     """What results.json says: mean and standard deviation over fresh latents, of the embedding and of the inputs."""
     found = [judge.recovery(repeat + 1) for repeat in range(REPEATS)]
     columns = {name: [one[name] for one in found] for name in found[0]}
@@ -253,7 +253,7 @@ def summary(judge: Judge, batch: Pairs, last: Record, speed: float) -> dict[str,
             "worst_relative_error": last["precision_error"],
         },
         "train_loss": last["train_loss"],
-        "acceptance": batch.acceptance,
+        "acceptance": acceptance,
         "steps_per_second": round(speed, 2),
     }
 
@@ -268,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         others = [name for name in named if name != "images"]
         anisotropic_images.main([*(["--preset", *others] if others else []), *rest])
         return
-    running.main("anisotropic", AnisotropicConfig, PRESETS, run, __doc__, "--batch-size", words)
+    known = {**PRESETS, "images": {}}  # so that --help and a suggestion for a mistyped name know it
+    running.main("anisotropic", AnisotropicConfig, known, run, __doc__, "--batch-size", words)
 
 
 if __name__ == "__main__":

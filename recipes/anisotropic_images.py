@@ -27,7 +27,6 @@ from torch.nn import functional
 from ..adapters.errors import DataError, OptionError, PosthocError
 from ..adapters.gathering import gather_rows
 from ..adapters.losses import AnInfoNCE, NTXent
-from ..adapters.training import warmup_cosine
 from ..adapters.training_loop import Plan, Record, run_plan
 from . import running
 from .anisotropic_readout import Figures, Judged, draw, readout, table
@@ -45,7 +44,7 @@ from .anisotropic_views import (
 from .augmentations import Augmentation
 from .cifar10h_networks import cifar_backbone
 from .networks import StridedConvNet
-from .running import RecipeConfig, Run, check_counts, check_positive, seeded_module
+from .running import RecipeConfig, Run, check_counts, check_positive, scheduled, seeded_module
 
 HELD_OUT = 1000
 """Training images whose loss is watched, and that nothing is trained on."""
@@ -221,10 +220,9 @@ def run(config: ImagesConfig) -> None:
         evaluate=evaluate,
         folder=config.output,
         signature=run.signature,
-        observe=run.observe("train"),
+        observe=run.observe("train", config.steps),
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(config.steps, WARMUP))
-    history = run_plan(module, optimizer, schedule, plan)
+    history = run_plan(module, optimizer, scheduled("cosine", optimizer, config.steps, WARMUP), plan)
     found = run.launch.on_main(lambda: {**before, **readouts(material, config, run.device)})
     last = history.records[-1]
     collapsed = {"train_loss": math.log(2 * config.batch_size - 1), "held_out_loss": math.log(2 * HELD_OUT - 1)}

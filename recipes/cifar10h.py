@@ -235,10 +235,11 @@ def one_fold(given: Given, fold: int, train: np.ndarray, validation: np.ndarray,
 
     step, watch = watched(inputs, config)
     first = watch()
+    seconds = 0.0
     if given.features is not None:
         whole, network.backbone = network.backbone, nn.Identity()
         alone = replace(config, steps=config.head_steps, every=config.head_steps)
-        train_fold(run, *watched(given.features, alone), rows, fold, "-head")
+        seconds = train_fold(run, *watched(given.features, alone), rows, fold, "-head").seconds
         network.backbone = whole
     history = train_fold(run, step, watch, rows, fold)
     best = history.records[history.best]
@@ -252,7 +253,7 @@ def one_fold(given: Given, fold: int, train: np.ndarray, validation: np.ndarray,
     mirrored = None
     if isinstance(inputs, ImageInputs):
         mirrored = [answer(network, inputs, part, mirrored=True) for part in (validation, test)]
-    return Fold(validation, test, first, history, known, tested, crops, mirrored)
+    return Fold(validation, test, first, history, seconds + history.seconds, known, tested, crops, mirrored)
 
 
 def _inputs(

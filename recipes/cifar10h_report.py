@@ -38,7 +38,8 @@ BINS = 5
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows, what was watched, and what the fold's network says of validation images, test images and their crops.
+    """Rows, what was watched, how many seconds the training took, and what the fold's network
+    says of validation images, test images and their crops.
 
     mirrored: what it says of validation and test images mirrored, where it is given images.
     """
@@ -47,6 +48,7 @@ class Fold:
     test: np.ndarray
     first: Record
     history: History
+    seconds: float
     on_validation: Answer
     on_test: Answer
     on_crops: Answer
@@ -254,7 +256,7 @@ def _fold_figures(judged: Judged, scores: Mapping[str, np.ndarray]) -> list[dict
         doubt = vote_entropy(judged.data.votes[fold.test])
         history = fold.history
         figures.append({
-            "before": fold.first, "best": history.records[history.best], "seconds": history.seconds,
+            "before": fold.first, "best": history.records[history.best], "seconds": fold.seconds,
             "human_spearman": {name: float(spearmanr(u[rows, 0], doubt).statistic) for name, u in scores.items()},
         })  # fmt: skip
     return figures

@@ -14,7 +14,7 @@ from torch.nn import functional
 from ..adapters.errors import DataError
 from ..adapters.losses import ExpectedLikelihoodKernel, HedgedInstance, MCInfoNCE
 from ..adapters.positives import PairBatch, RowNumbers, SoftLabelPairs, draw_negatives
-from ..adapters.training import EpochOrder, warmup_cosine
+from ..adapters.training import EpochOrder
 from ..adapters.training_loop import History, Plan, Record, run_plan, step_generator
 from ..adapters.vmf import VonMisesFisher
 from ..eval.ambiguity import vote_entropy
@@ -22,7 +22,7 @@ from ..eval.baselines import entropy
 from ..eval.retrieval import retrieve
 from ..eval.search import directions
 from .cifar10h_networks import PosteriorNetwork, SoftClassifier
-from .running import Run, row_blocks
+from .running import Run, row_blocks, scheduled
 
 if TYPE_CHECKING:
     from .cifar10h import Cifar10HConfig
@@ -231,8 +231,7 @@ def train_fold(run: Run, step: Step, watch: Watch, rows: np.ndarray, fold: int, 
     name, number = f"fold{fold}{stage}", STAGES.index(stage)
     parameters = _groups(step, config)
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
-    factor = warmup_cosine(config.steps, config.warmup) if config.schedule == "cosine" else _halved(config.steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = scheduled(config.schedule, optimizer, config.steps, config.warmup)
     order = EpochOrder(rows, config.seed, ORDER, fold, number)
 
     def batch(i: int) -> tuple[Tensor, list[tuple[int, ...]], bool]:
@@ -252,7 +251,7 @@ def train_fold(run: Run, step: Step, watch: Watch, rows: np.ndarray, fold: int, 
         lowest="judged",
         clip=config.clip,
         placed=True,
-        observe=run.observe(name),
+        observe=run.observe(name, config.steps),
     )
     return run_plan(step, optimizer, schedule, plan)
 
@@ -266,8 +265,3 @@ def _groups(step: Step, config: Cifar10HConfig) -> list[dict[str, Any]]:
         {"params": [p for p in trainable if id(p) not in inside], "lr": config.head_lr or config.lr},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _halved(steps: int) -> Any:
-    """The paper's: half the learning rate in the second half."""
-    return lambda i: 1.0 if i < steps / 2 else 0.5

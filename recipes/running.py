@@ -5,7 +5,7 @@
 A preset is a set of options. Several may be named: a size (default, where none is named) and variants of it; later ones
 win, and what stands beside them on the command line wins over all. A run's folder holds config.json, a folder with
 metrics.jsonl and checkpoint.pt for each of its trainings, results.json and the plots. `--resume` continues an unfinished run
-to the result that an unbroken one has.
+to the result that an unbroken one has; a finished one it leaves as it is.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import nn
 from ..adapters.distributed import Launch, check_launch
 from ..adapters.errors import OptionError, PosthocError, suggest
 from ..adapters.persistence import plain, write_run
+from ..adapters.training import warmup_cosine
 from ..adapters.training_loop import Record, step_generator
 from ..eval.extras import require
 from ..eval.results import made_now
@@ -96,12 +97,14 @@ class Run:
                 raise OptionError(f"--tracker {tracker} needs a package that is not installed: pip install {tracker}")
         self.name, self.config, self.folder = name, config, config.output
         self.launch: Launch = check_launch()
-        self.signature = json.dumps(self._kept(config), sort_keys=True)
-        self.content = self.launch.on_main(self._check_folder)
+        self.signature = json.dumps(kept(config), sort_keys=True)
+        self.content = self.launch.on_main(lambda: check_folder(name, config))
+        self.told = 0
         write_run(self.folder, "config.json", self._described())
         self.accelerator = Accelerator(log_with=list(config.tracker) or None, project_dir=str(self.folder))
         if config.tracker:
-            self.accelerator.init_trackers(f"posthoc-{name}", config=plain(self._kept(config)))
+            shown = {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in kept(config).items()}
+            self.accelerator.init_trackers(f"posthoc-{name}", config=shown)
         self.device = self.accelerator.device
         self.started = time.perf_counter()
 
@@ -122,19 +125,24 @@ class Run:
         self.signature += found
         write_run(self.folder, "config.json", self._described())
 
-    def observe(self, training: str) -> Callable[[Record], None] | None:
-        """For `Plan.observe`: sends a training's records to the trackers, if there are any."""
+    def observe(self, training: str, steps: int) -> Callable[[Record], None] | None:
+        """For `Plan.observe`: sends the records of a training of so many steps to the trackers, if there are any.
+
+        Their steps count on from one training of the run to the next, as trackers want it.
+        """
+        before, self.told = self.told, self.told + steps
         if not self.config.tracker:
             return None
 
         def send(record: Record) -> None:
-            step = int(record["step"])
-            self.accelerator.log({f"{training}/{k}": v for k, v in record.items() if k != "step"}, step=step)
+            named = {f"{training}/{k}": v for k, v in record.items() if k != "step"}
+            self.accelerator.log(named, step=before + int(record["step"]))
 
         return send
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write results.json: the config, what was found, and when, how long and with which versions it was made."""
+        """Write results.json: the config, what was found, when and with which versions, and the seconds since the run began
+        or was last continued."""
         made = {**made_now(sys.argv), "seconds": round(time.perf_counter() - self.started, 1)}
         made["processes"] = self.launch.world
         write_run(
@@ -146,31 +154,46 @@ class Run:
         made_from = {} if self.content is None else {"content": self.content}
         return {"recipe": self.name, **asdict(self.config), **made_from}
 
-    def _check_folder(self) -> str | None:
-        """The fingerprint of what the run in the folder was made from, where there is one and it says so."""
-        known = self.folder / "config.json"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise OptionError(f"--output {self.folder} is a file; expected a folder")
-        if not known.exists():
-            return None
-        if not self.config.resume:
-            raise OptionError(
-                f"--output {self.folder} holds a run already: continue it with --resume, or give another folder"
-            )
-        try:
-            found = json.loads(known.read_text())
-        except ValueError as error:
-            raise OptionError(f"{known} is not JSON ({error}): give another folder") from error
-        wanted = {"recipe": self.name, **plain(self._kept(self.config))}
-        other = [name for name, value in wanted.items() if found.get(name) != value]
-        if other:
-            shown = ", ".join(f"{name} is {found.get(name)!r} there and {wanted[name]!r} here" for name in other[:4])
-            raise OptionError(f"--resume: the run in {self.folder} has other options ({shown}): give it the same ones")
-        return found.get("content")
 
-    @staticmethod
-    def _kept(config: RecipeConfig) -> dict[str, Any]:
-        return plain({name: value for name, value in asdict(config).items() if name not in NOT_OF_THE_RESULT})
+def kept(config: RecipeConfig) -> dict[str, Any]:
+    """The options that the result depends on."""
+    return plain({name: value for name, value in asdict(config).items() if name not in NOT_OF_THE_RESULT})
+
+
+def check_folder(name: str, config: RecipeConfig) -> str | None:
+    """The fingerprint of what the run in the folder was made from, where there is a run and it says so.
+
+    Raises OptionError for a folder that holds a run already (without `resume`), or a run of other options (with it).
+    """
+    known = config.output / "config.json"
+    if config.output.exists() and not config.output.is_dir():
+        raise OptionError(f"--output {config.output} is a file; expected a folder")
+    if not known.exists():
+        return None
+    if not config.resume:
+        raise OptionError(
+            f"--output {config.output} holds a run already: continue it with --resume, or give another folder"
+        )
+    try:
+        found = json.loads(known.read_text())
+    except ValueError as error:
+        raise OptionError(f"{known} is not JSON ({error}): give another folder") from error
+    wanted = {"recipe": name, **kept(config)}
+    other = [key for key, value in wanted.items() if found.get(key) != value]
+    if other:
+        shown = ", ".join(f"{key} is {found.get(key)!r} there and {wanted[key]!r} here" for key in other[:4])
+        raise OptionError(f"--resume: the run in {config.output} has other options ({shown}): give it the same ones")
+    return found.get("content")
+
+
+def scheduled(
+    kind: Literal["cosine", "halved", "constant"], optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate: "cosine" rises over a share `warmup` and falls to 0; "halved" halves in the middle."""
+    if kind == "cosine":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(steps, warmup))
+    late = 0.5 if kind == "halved" else 1.0
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0 if i < steps // 2 else late)
 
 
 def row_blocks(batch_size: int, block: int, launch: Launch) -> range:
@@ -219,7 +242,12 @@ def main(
         knobs: the options that say how much memory a step takes, for the message when there is too little.
     """
     try:
-        run(parse(name, config, presets, about, sys.argv[1:] if arguments is None else arguments))
+        options = parse(name, config, presets, about, sys.argv[1:] if arguments is None else arguments)
+        if options.resume and (options.output / "results.json").is_file():
+            check_folder(name, options)
+            print(f"the run in {options.output} is finished: remove its results.json to evaluate it again")
+            return
+        run(options)
     except PosthocError as error:
         _fail(str(error))
     except (MemoryError, RuntimeError) as error:

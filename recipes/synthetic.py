@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from ..adapters.distributed import Launch
 from ..adapters.errors import OptionError, PosthocError
 from ..adapters.losses import ExpectedLikelihoodKernel, HedgedInstance, MCInfoNCE
-from ..adapters.training import warmup_cosine
 from ..adapters.training_loop import History, Plan, run_plan, step_generator
 from ..adapters.vmf import VonMisesFisher
 from .encoders import VmfEncoder, paper_encoder
-from .running import Preset, RecipeConfig, Run, check_counts, main, row_blocks, seeded_module
+from .running import Preset, RecipeConfig, Run, check_counts, main, row_blocks, scheduled, seeded_module
 from .synthetic_process import CALIBRATION, Family, Numbers, Process, ProcessConfig, make_process
 from .synthetic_report import Truth, draw_plots, final_figures, round_figures
 
 BLOCK = 64
 """Rows of a batch that share a generator: so many rows, or a multiple, are a process's share."""
+WARMUP = 0.05
+"""Share of the steps before the cosine."""
 ENCODER, FIXED, TRAINING = 100, 101, 102  # places of the random numbers, beyond those of the process
 
 
@@ -215,12 +216,15 @@ def make_criterion(config: SyntheticConfig) -> nn.Module:
 
 @dataclass(frozen=True)
 class Stage:
-    """A training with its own optimiser: what is trained, for how many steps, and how many phases lie before it."""
+    """A training with its own optimiser: what is trained, for how many steps, and how many phases lie before it.
+
+    rate: the learning rate it begins with, as a share of the option's.
+    """
 
     name: str
     trained: tuple[str, ...]
     steps: int
-    before: float
+    rate: float
     negatives: int
 
 
@@ -229,21 +233,16 @@ def stages(config: SyntheticConfig) -> list[Stage]:
     kappa_steps = config.steps if config.kappa_steps is None else config.kappa_steps
     whole = config.steps + kappa_steps
     if not config.phases:
-        return [Stage("joint", ("mean", "concentration"), whole, 0, config.negatives)]
+        return [Stage("joint", ("mean", "concentration"), whole, 1.0, config.negatives)]
     found = []
     for phase in range(config.phases):
-        share = [(phase * whole + before) / whole for before in (0, config.steps)]
-        found.append(Stage(f"phase-{phase + 1}-mean", ("mean",), config.steps, share[0], config.mean_negatives))
+        # "halved" goes on where the half phase before has ended: half the rate for each whole phase
+        halved = [(phase * whole + before) / whole for before in (0, config.steps)]
+        rate = [0.5**one if config.schedule == "halved" else 1.0 for one in halved]
+        found.append(Stage(f"phase-{phase + 1}-mean", ("mean",), config.steps, rate[0], config.mean_negatives))
         if math.isfinite(config.encoder_kappa_high):
-            found.append(Stage(f"phase-{phase + 1}-kappa", ("concentration",), kappa_steps, share[1], config.negatives))
+            found.append(Stage(f"phase-{phase + 1}-kappa", ("concentration",), kappa_steps, rate[1], config.negatives))
     return found
-
-
-def _schedule(config: SyntheticConfig, stage: Stage, optimizer: torch.optim.Optimizer) -> Any:
-    if config.schedule == "cosine":
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(stage.steps, 0.05))
-    start = 0.5**stage.before
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: start * (1.0 if i < stage.steps // 2 else 0.5))
 
 
 def _train(run: Run, config: SyntheticConfig, step: SyntheticStep, number: int, truth: Truth) -> History:
@@ -255,7 +254,8 @@ def _train(run: Run, config: SyntheticConfig, step: SyntheticStep, number: int, 
         part.requires_grad_(True)
     if math.isinf(config.encoder_kappa_high):  # it has no part in the loss
         step.encoder.concentration.requires_grad_(False)
-    optimizer = torch.optim.Adam([p for p in step.parameters() if p.requires_grad], lr=config.lr)
+    trained = [p for p in step.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=config.lr * stage.rate)
     plan = Plan(
         name=stage.name,
         steps=stage.steps,
@@ -264,9 +264,9 @@ def _train(run: Run, config: SyntheticConfig, step: SyntheticStep, number: int, 
         evaluate=lambda: round_figures(step.encoder, truth),
         folder=run.folder,
         signature=run.signature,
-        observe=run.observe(stage.name),
+        observe=run.observe(stage.name, stage.steps),
     )
-    return run_plan(step, optimizer, _schedule(config, stage, optimizer), plan)
+    return run_plan(step, optimizer, scheduled(config.schedule, optimizer, stage.steps, WARMUP), plan)
 
 
 def run(config: SyntheticConfig) -> dict[str, Any]:

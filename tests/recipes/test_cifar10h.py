@@ -406,7 +406,7 @@ def _judged(embedding: np.ndarray, kappa: np.ndarray, votes: np.ndarray, validat
     ]
     whole = part[1] if validation else known
     history = History([{"step": 1, "train_loss": 0.0}], 0)
-    fold = Fold(rows[:validation], rows[validation:], {}, history, part[0] if validation else known, whole, whole)
+    fold = Fold(rows[:validation], rows[validation:], {}, history, 0.0, part[0] if validation else known, whole, whole)
     fractions = np.linspace(0.25, 1, len(rows))
     return Judged(
         CifarH(np.zeros((len(rows), 32, 32, 3), np.uint8), votes.astype(np.float32)), fractions, [fold], None, "1/kappa"

@@ -133,3 +133,45 @@ def test_a_run_that_was_made_from_something_else_is_not_continued(tmp_path: Path
     for other in ((images + 1, "weights"), (images, "other weights")):
         with pytest.raises(OptionError, match="made from other data or weights"):
             Run("some", again).stands_on(*other)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = []
+
+    def work(config: Config) -> None:
+        run = Run("some", config)
+        made.append(run)
+        run.finish({"figure": len(made)})
+
+    words = ["--output", str(tmp_path / "run")]
+    running.main("some", Config, PRESETS, work, None, "--steps", words)
+    running.main("some", Config, PRESETS, work, None, "--steps", [*words, "--resume"])
+    assert len(made) == 1
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        running.main("some", Config, PRESETS, work, None, "--steps", [*words, "--resume", "--steps", "4"])
+    assert "has other options (steps is 5 there and 4 here)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("halved", [1, 1, 0.5, 0.5]), ("constant", [1, 1, 1, 1])])
+def test_learning_rates_of_the_papers(kind: str, expected: list[float]) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = running.scheduled(kind, optimizer, 4)  # type: ignore[arg-type]
+    found = []
+    for _ in range(4):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert found == expected
+
+
+def test_records_of_trainings_count_on_in_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run("some", Config(output=tmp_path / "run", tracker=("tensorboard",)))
+    sent: list[tuple[dict[str, float], int]] = []
+    monkeypatch.setattr(run.accelerator, "log", lambda values, step: sent.append((values, step)))
+    first, second = run.observe("head", 10), run.observe("whole", 5)
+    assert first is not None
+    assert second is not None
+    first({"step": 10, "loss": 1.0})
+    second({"step": 2, "loss": 0.5})
+    assert sent == [({"head/loss": 1.0}, 10), ({"whole/loss": 0.5}, 12)]

@@ -99,8 +99,8 @@ def test_the_papers_half_phases() -> None:
     ]  # fmt: skip
     rates = []
     for stage in found:
-        optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
-        schedule = synthetic._schedule(config, stage, optimizer)
+        optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=config.lr * stage.rate)
+        schedule = running.scheduled(config.schedule, optimizer, stage.steps)
         for _ in range(stage.steps):
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()

@@ -1,0 +1,30 @@
+"""Runs of recipes for the tables of docs/recipes.md: each is made once, goes on where it was killed, and is then read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def carried_out(recipe: str, words: Sequence[str], folder: Path, threads: int | None = None) -> dict[str, Any]:
+    """results.json of a run, whose progress goes to FOLDER.log.
+
+    The recipe itself tells whether the folder's run has these options; raises CalledProcessError where it has others.
+    """
+    command = [sys.executable, "-m", f"posthoc.recipes.{recipe}", *words, "--output", str(folder)]
+    if (folder / "config.json").exists():
+        command.append("--resume")
+    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(f"{folder.name}.log")
+    with log.open("a") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        print(log.read_text()[-2000:], file=sys.stderr)
+        done.check_returncode()
+    return json.loads((folder / "results.json").read_text())
