@@ -24,6 +24,8 @@ PARTS: dict[str, dict[str, str]] = {
     "resnet20": {
         "fine-tuned, ELK": "--preset default",
         "fine-tuned, MCInfoNCE": "--preset mcinfonce",
+        "fine-tuned, HIB": "--preset hib",
+        "fine-tuned, soft cross-entropy": "--preset soft-cross-entropy",
         "post-hoc, ELK": "--preset posthoc",
         "post-hoc, MCInfoNCE": "--preset posthoc mcinfonce --steps 300 --every 25",
         "post-hoc, HIB": "--preset posthoc hib --steps 300 --every 25",
@@ -33,6 +35,7 @@ PARTS: dict[str, dict[str, str]] = {
     },
     "resnet56": {
         "fine-tuned, ELK": "--preset default --backbone resnet56",
+        "fine-tuned, soft cross-entropy": "--preset soft-cross-entropy --backbone resnet56",
         "post-hoc, ELK": "--preset posthoc --backbone resnet56",
         "post-hoc, MCInfoNCE": "--preset posthoc mcinfonce --steps 300 --every 25 --backbone resnet56",
     },
