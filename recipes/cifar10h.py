@@ -52,7 +52,7 @@ from .cifar10h_networks import (
     trainable_copy,
 )
 from .cifar10h_report import Fold, Judged, judge
-from .cifar10h_training import SOFT, Step, Watch, answer, check_rows, make_loss, train_fold
+from .cifar10h_training import ELK, SOFT, Step, Watch, answer, check_rows, make_loss, train_fold
 from .running import Preset, RecipeConfig, Run, check_counts, check_positive, main, row_blocks, seeded_module
 
 NETWORK = 303  # place of the random numbers
@@ -100,12 +100,15 @@ class Cifar10HConfig(RecipeConfig):
     """b of hib"""
     learnable: bool = False
     """whether the loss's own numbers are trained too"""
+    pairs: Literal["all", "drawn"] = "all"
+    """all: every two rows of a block, by the probability that both show one class (elk only); drawn: a positive for each
+    anchor, and negatives of it (the paper)"""
     samples: int = 32
     """Monte-Carlo samples of each posterior"""
     negatives: int = 32
-    """for each anchor, out of its block; 0: the positives rolled by one row"""
+    """drawn for each anchor, out of its block; 0: the positives rolled by one row"""
     symmetric: bool = True
-    """also the loss of each pair turned round"""
+    """also the loss of each drawn pair turned round"""
     centred: bool = True
     """begin the projection at the features' principal directions, with a bias; else at Xavier's numbers (the paper)"""
     reference: bool = False
@@ -117,9 +120,9 @@ class Cifar10HConfig(RecipeConfig):
     every: int = 50
     """steps between evaluations and checkpoints"""
     batch_size: int = 64
-    """anchors of a step, over all processes"""
+    """anchors of a step, over all processes; each has a positive beside it where pairs are drawn"""
     block: int = 32
-    """anchors that are each other's negatives; a process takes whole blocks"""
+    """rows that are paired with each other, or are each other's negatives; a process takes whole blocks"""
     lr: float = 5e-4
     """of AdamW, for the backbone, which posthoc leaves as it is"""
     head_lr: float | None = 3e-3
@@ -171,6 +174,11 @@ class Cifar10HConfig(RecipeConfig):
             raise OptionError(f"--batch-size {self.batch_size} was given; expected a multiple of --block {self.block}")
         if self.parametrization == "network" and self.loss != SOFT:
             log_kappa_range(self.dim, self.kappa)
+        if self.pairs == "all" and self.loss != SOFT and (self.loss != ELK or self.reference or self.phases):
+            raise OptionError(
+                f"--pairs all --loss {self.loss} --reference {self.reference} --phases {self.phases} was given; all pairs at "
+                "once are elk's, without the paper's switches: give --pairs drawn"
+            )
         if not 0 <= self.crops <= 1:
             raise OptionError(f"--crops {self.crops} was given; expected a share from 0 to 1")
         if self.variant == "posthoc" and (self.scratch or self.train_on == "train-hard"):
@@ -303,7 +311,14 @@ def _extract(config: Cifar10HConfig, backbone: Backbone, images: np.ndarray) -> 
     return backbone.extract(images, cache_dir=config.cache_dir, progress=False)
 
 
-MCINFONCE: Preset = {"loss": "mcinfonce", "concentration": 16.0, "kappa": 38.0, "negatives": 16, "head_lr": 1e-3}
+MCINFONCE: Preset = {
+    "loss": "mcinfonce",
+    "pairs": "drawn",
+    "concentration": 16.0,
+    "kappa": 38.0,
+    "negatives": 16,
+    "head_lr": 1e-3,
+}
 PAPER: Preset = {
     **MCINFONCE,
     "backbone": "resnet18",
@@ -335,7 +350,7 @@ PRESETS: dict[str, Preset] = {
         "rows": 1000, "folds": (0,), "head_steps": 100, "steps": 8, "every": 4, "resamples": 100, "check": True,
     },
     "mcinfonce": MCINFONCE,
-    "hib": {"loss": "hib", "kappa": 38.0, "hib_scale": 8.0, "hib_shift": -2.0, "head_lr": 1e-3},
+    "hib": {"loss": "hib", "pairs": "drawn", "kappa": 38.0, "hib_scale": 8.0, "hib_shift": -2.0, "head_lr": 1e-3},
     "soft-cross-entropy": {"loss": "soft-cross-entropy"},
     "posthoc": {"variant": "posthoc", "steps": 200, "batch_size": 128, "block": 64, "crops": 0.0},
     "paper": PAPER,

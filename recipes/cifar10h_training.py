@@ -62,8 +62,9 @@ def make_loss(config: Cifar10HConfig) -> nn.Module | None:
 class Step(nn.Module):
     """The loss of this process's blocks of one batch, as a module that the training loop trains.
 
-    A block's rows are anchors, each with a positive by the labels; its negatives are the positives of other rows of the
-    block, taken with the probability that both show different classes.
+    All pairs: every two rows of a block, by the probability that both show one class. Drawn ones: a block's rows are
+    anchors, each with a positive by the labels; its negatives are the positives of other rows of the block, taken with the
+    probability that both show different classes.
     """
 
     def __init__(
@@ -86,6 +87,13 @@ class Step(nn.Module):
             parts = [self._inputs(block, one) for block, one in zip(rows, generators, strict=True)]
             _, logits = self.network(torch.cat(parts).to(self.device))
             return functional.cross_entropy(logits, self.labels[rows.flatten()].to(self.device))
+        if self.config.pairs == "all":
+            parts = [self._inputs(block, one) for block, one in zip(rows, generators, strict=True)]
+            posterior, size = self.network(torch.cat(parts).to(self.device)), rows.shape[1]
+            of_blocks = [
+                self.of_all(_part(posterior, i * size, size), self.labels[block]) for i, block in enumerate(rows)
+            ]
+            return torch.stack(of_blocks).mean()
         drawn = [self.pairs.draw(block, one) for block, one in zip(rows, generators, strict=True)]
         parts = [
             self._inputs(side, one)
@@ -99,6 +107,12 @@ class Step(nn.Module):
             anchor, positive = _part(posterior, start, size), _part(posterior, start + size, size)
             losses.append(self.of_pairs(anchor, positive, batch.negative, one, directions_only))
         return torch.stack(losses).mean()
+
+    def of_all(self, posterior: VonMisesFisher, labels: Tensor) -> Tensor:
+        """The loss of all pairs of posteriors [B], from their rows' labels [B, C]."""
+        assert isinstance(self.loss, ExpectedLikelihoodKernel)
+        p = labels.to(self.device)
+        return self.loss.all_pairs(posterior, (p @ p.T).clamp(max=1.0))
 
     def of_pairs(
         self, anchor: VonMisesFisher, positive: VonMisesFisher, negative: Tensor, generator: torch.Generator,
@@ -201,6 +215,8 @@ class Watch:
             votes = torch.from_numpy(self.votes[self.rows])
             return float(functional.cross_entropy(torch.from_numpy(found.logits), votes))
         mu, kappa = torch.from_numpy(found.embedding), torch.from_numpy(found.kappa).float()
+        if self.config.pairs == "all":
+            return self._loss_of_all(mu.to(device), kappa.to(device))
         every, total, count = torch.arange(len(self.rows)), 0.0, 0
         for number, part in enumerate(every.split(self.config.batch_size)):
             if len(part) < 2:
@@ -214,6 +230,15 @@ class Watch:
             total += len(part) * float(self.step.of_pairs(anchor, positive, batch.negative, generator))
             count += len(part)
         return total / count
+
+    def _loss_of_all(self, mu: Tensor, kappa: Tensor) -> float:
+        """Blocks as in the training, in the rows' order."""
+        values = []
+        for part in torch.arange(len(self.rows)).split(self.config.block):
+            if len(part) > 1:
+                posterior = VonMisesFisher(mu[part], kappa[part], validate_args=False)
+                values.append(self.step.of_all(posterior, torch.from_numpy(self.votes[self.rows[part]])))
+        return float(torch.stack(values).mean())
 
 
 def check_rows(count: int, config: Cifar10HConfig) -> None:

@@ -17,6 +17,7 @@ from .common import check_positive, log_parameter, number
 from .posteriors import check_posteriors, columns
 
 LARGEST = 1e15  # stands for larger concentrations, and for infinity
+NEVER = 1e-300  # a probability of 0
 LARGE = 1e10  # from here on the normaliser's expansion at infinity is exact to 1e-6 at d = 4096
 CHUNK, CHUNK_GPU = 1 << 17, 1 << 22  # pairs, or numbers of their directions, held at a time
 
@@ -75,6 +76,38 @@ class ExpectedLikelihoodKernel(nn.Module):
             tau = torch.as_tensor(self.concentration, device=mu.device).double()
             loss = (tau * (kernel - kernel[:, :1])).logsumexp(1).mean()
         return loss.to(mu.dtype)
+
+    def all_pairs(self, posterior: VonMisesFisher, same: Tensor) -> Tensor:
+        """The loss of every pair of a batch, for labels that say how likely two rows are of one class.
+
+        Row j is the positive of row i with the weight same_ij, and each other row k is a negative that counts 1 - same_ik
+        times; a row is neither to itself. It is what drawing pairs by these probabilities estimates, without their noise.
+
+        Args:
+            posterior: batch shape [B]. same: [B, B] from 0 to 1; <p_i, p_j> of class probabilities p [B, C].
+        Returns: scalar; 0 where no two rows can be of one class.
+        Raises: OptionError for other shapes, or with reference=True, which knows no such loss.
+        """
+        check_posteriors("ExpectedLikelihoodKernel", posterior, posterior, None)
+        mu, kappa = posterior.mean_direction, posterior.concentration
+        rows = len(kappa)
+        if same.shape != (rows, rows) or self.reference:
+            raise OptionError(
+                f"ExpectedLikelihoodKernel(reference={self.reference}).all_pairs: same has the shape {list(same.shape)}; "
+                f"expected [{rows}, {rows}] for posteriors of the batch shape {list(kappa.shape)}, and reference=False"
+            )
+        with torch.autocast(mu.device.type, enabled=False):
+            columns = mu.expand(rows, *mu.shape), kappa.expand(rows, rows)
+            kernel = _in_blocks(_log_c, mu, kappa[:, None], *columns)
+            kernel = torch.as_tensor(self.concentration, device=mu.device).double() * kernel
+            itself = torch.eye(rows, dtype=torch.bool, device=mu.device)
+            weight = same.to(kernel).masked_fill(itself, 0.0)
+            # logarithms of 0 as numbers that no kernel reaches, for gradients without NaN
+            negative = (1.0 - weight).clamp(min=NEVER).log().masked_fill(itself, math.log(NEVER))
+            others = (kernel + negative).logsumexp(1, keepdim=True)
+            # all of them but j: j's own share is taken from the positive's, which counts once
+            loss = torch.logaddexp(kernel + weight.clamp(min=NEVER).log(), others) - kernel
+            return ((weight * loss).sum() / weight.sum().clamp(min=NEVER)).to(mu.dtype)
 
 
 def log_expected_likelihood(one: VonMisesFisher, other: VonMisesFisher) -> Tensor:

@@ -176,6 +176,76 @@ def test_rolled_negatives_are_the_rolled_positives() -> None:
     torch.testing.assert_close(loss(ref, pos), loss(ref, pos, rolled))
 
 
+def labelled(rows: int, dim: int, seed: int = 0) -> tuple[VonMisesFisher, Tensor]:
+    """Posteriors of a batch, and class probabilities of three classes: some certain, some not."""
+    generator = torch.Generator().manual_seed(seed)
+    mu = functional.normalize(torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=-1)
+    kappa = 2.0 + 20.0 * torch.rand(rows, generator=generator, dtype=torch.float64)
+    p = torch.softmax(4.0 * torch.randn(rows, 3, generator=generator, dtype=torch.float64), 1)
+    p[: rows // 2] = torch.eye(3, dtype=torch.float64)[torch.arange(rows // 2) % 3]
+    return VonMisesFisher(mu.requires_grad_(), kappa.requires_grad_()), p
+
+
+@pytest.mark.parametrize("tau", [0.5, 2.0])
+@torch.no_grad()
+def test_all_pairs_one_by_one(tau: float) -> None:
+    q, p = labelled(9, 6)
+    same, total, weights = p @ p.T, 0.0, 0.0
+
+    def kernel(i: int, j: int) -> float:
+        one, other = (VonMisesFisher(q.mean_direction[k], q.concentration[k]) for k in (i, j))
+        return float((tau * log_expected_likelihood(one, other)).exp())
+
+    for i in range(9):
+        for j in set(range(9)) - {i}:
+            others = sum(float(1 - same[i, k]) * kernel(i, k) for k in range(9) if k not in (i, j))
+            total += float(same[i, j]) * math.log(1 + others / kernel(i, j))
+            weights += float(same[i, j])
+    assert float(ExpectedLikelihoodKernel(tau).all_pairs(q, same)) == pytest.approx(total / weights, rel=1e-9)
+
+
+def test_all_pairs_of_sure_labels_are_the_loss_with_all_rows_of_other_classes_as_negatives() -> None:
+    q, _ = labelled(8, 5)
+    label = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
+    loss, values = ExpectedLikelihoodKernel(1.0), []
+    for i in range(8):
+        far = label != label[i]
+        for j in torch.nonzero(~far)[:, 0].tolist():
+            if j != i:
+                anchor, positive = (VonMisesFisher(q.mean_direction[[k]], q.concentration[[k]]) for k in (i, j))
+                negative = VonMisesFisher(q.mean_direction[far][None], q.concentration[far][None])
+                values.append(loss(anchor, positive, negative))
+    same = (label[:, None] == label).double()
+    torch.testing.assert_close(loss.all_pairs(q, same), torch.stack(values).mean())
+
+
+def test_gradients_of_all_pairs_in_the_extremes() -> None:
+    q, p = labelled(6, 4)
+    mu, kappa = q.mean_direction.detach().requires_grad_(), q.concentration.detach().requires_grad_()
+    loss = ExpectedLikelihoodKernel(1.0)
+    same = p @ p.T
+    assert torch.autograd.gradcheck(
+        lambda m, k: loss.all_pairs(VonMisesFisher(functional.normalize(m, dim=-1), k, validate_args=False), same),
+        (mu, kappa),
+    )
+    for one in (torch.ones(6, 6), torch.eye(6), torch.zeros(6, 6)):  # no negatives; no positives
+        value = loss.all_pairs(VonMisesFisher(functional.normalize(mu, dim=-1), kappa, validate_args=False), one)
+        assert float(value) == pytest.approx(0.0, abs=1e-12)
+        assert all(torch.isfinite(g).all() for g in torch.autograd.grad(value, (mu, kappa)))
+    sharp = torch.full_like(kappa, 1e12).requires_grad_()
+    value = loss.all_pairs(VonMisesFisher(functional.normalize(mu, dim=-1), sharp, validate_args=False), same)
+    assert torch.isfinite(value)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(value, (mu, sharp)))
+
+
+def test_all_pairs_refuse_what_does_not_fit() -> None:
+    q, p = labelled(6, 4)
+    with pytest.raises(OptionError, match=r"shape \[6, 3\]; expected \[6, 6\]"):
+        ExpectedLikelihoodKernel(1.0).all_pairs(q, p)
+    with pytest.raises(OptionError, match="reference=True"):
+        ExpectedLikelihoodKernel(1.0, reference=True).all_pairs(q, p @ p.T)
+
+
 @pytest.mark.parametrize(("dim", "negatives"), [(2, 2), (5, 0), (5, 2)])
 def test_gradients(dim: int, negatives: int) -> None:
     every = make_inputs(dim, negatives, kappa=(0.5, 3.0, 20.0))
