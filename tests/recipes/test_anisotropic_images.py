@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from safetensors.torch import save_file
 
 from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import OptionError
-from posthoc.recipes import anisotropic, anisotropic_images
-from posthoc.recipes.anisotropic_images import PRESETS, ImagesConfig
+from posthoc.recipes import anisotropic_images
+from posthoc.recipes.anisotropic_images import ImagesConfig
 from posthoc.recipes.anisotropic_readout import Judged, readout, table
 from posthoc.recipes.anisotropic_views import (
     BLOCK,
@@ -31,22 +30,12 @@ from posthoc.recipes.digits import load_digits
 from posthoc.recipes.networks import CifarResNet, StridedConvNet
 from posthoc.recipes.running import seeded
 
-from .recipe_children import kill_at_checkpoint, metrics, results
+from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
 
 CPU, ALONE = torch.device("cpu"), Launch(0, 1)
-SMALL = [
-    "--dataset",
-    "fashion-mnist",
-    "--data-dir",
-    "data",
-    "--width",
-    "8",
-    "--read-images",
-    "360",
-    "--temperature",
-    "0.2",
-]
-SMALL += ["--batch-size", "64", "--dim", "16", "--smallest-crop", "0.3"]
+TINY = "--dataset fashion-mnist --data-dir data --width 8 --read-images 360 --batch-size 64 --dim 16"
+SMALL = [*TINY.split(), "--temperature", "0.2", "--smallest-crop", "0.3"]
+SHORT = [*SMALL, "--steps", "8", "--every", "2", "--output"]
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def in_place(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    anisotropic_images.main(words)
-    return json.loads((folder / words[words.index("--output") + 1] / "results.json").read_text())
-
-
-def test_it_learns_what_untrained_networks_do_not_know(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_learns_what_untrained_networks_do_not_know(folder: Path) -> None:
     words = [*SMALL, "--steps", "400", "--every", "100", "--lr", "5e-3", "--output", "learns", "--check"]
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    anisotropic.main(["--preset", "images", *words])  # by way of the other recipe
-    found = json.loads((folder / "learns" / "results.json").read_text())
+    found = results("anisotropic", ["--preset", "images", *words], folder)  # by way of the other recipe
     read = found["readouts"]
     assert list(read) == ["untrained backbone", "untrained projection", "backbone", "projection"]
     assert read["backbone"]["class"] > read["untrained backbone"]["class"] + 3
@@ -86,42 +65,45 @@ def test_it_learns_what_untrained_networks_do_not_know(folder: Path, monkeypatch
     for row in read.values():
         assert set(row) == {"class", "augmentation", *parameters}
         assert row["augmentation"] == pytest.approx(np.mean([row[name] for name in parameters]))
-    records = [json.loads(line) for line in (folder / "learns" / "train" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [100, 200, 300, 400]
-    assert found["held_out_loss"] == records[-1]["held_out_loss"] < records[0]["held_out_loss"]
+    seen = records(folder / "learns")
+    assert [record["step"] for record in seen] == [100, 200, 300, 400]
+    assert found["held_out_loss"] == seen[-1]["held_out_loss"] < seen[0]["held_out_loss"]
     assert found["share_of_collapse"] == pytest.approx(found["held_out_loss"] / math.log(1999))
     assert found["precision"] == sorted(found["precision"])
     assert found["precision"][-1] > found["precision"][0] > 0
     assert {path.name for path in (folder / "learns").iterdir()} >= {"readouts.png", "training.png", "config.json"}
 
 
-def test_infonce_has_one_precision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infonce_has_one_precision(folder: Path) -> None:
     words = [*SMALL, "--preset", "infonce", "--steps", "4", "--every", "2"]
-    fixed = in_place([*words, "--output", "fixed"], folder, monkeypatch)
+    fixed = results("anisotropic_images", [*words, "--output", "fixed"], folder)
     assert fixed["precision"] == pytest.approx([5.0] * 16)
-    learned = in_place([*words, "--learn-temperature", "--output", "learned"], folder, monkeypatch)
+    learned = results("anisotropic_images", [*words, "--learn-temperature", "--output", "learned"], folder)
     assert len(set(learned["precision"])) == 1
     assert learned["precision"][0] != pytest.approx(5.0, abs=0.1)
 
 
-def test_a_killed_run_goes_on_to_the_same_result(folder: Path) -> None:
-    words = [*SMALL, "--steps", "12", "--every", "3", "--output"]
-    whole = results("anisotropic_images", [*words, "whole"], folder)
-    kill_at_checkpoint("anisotropic_images", [*words, "killed"], folder, "train/checkpoint.pt")
-    resumed = results("anisotropic_images", [*words, "killed", "--resume"], folder)
+@pytest.fixture(scope="module")
+def unbroken(folder: Path) -> dict[str, Any]:
+    """What a short run found that nothing disturbed; it is in the folder `whole`."""
+    return results("anisotropic_images", [*SHORT, "whole"], folder)
+
+
+def test_a_killed_run_goes_on_to_the_same_result(folder: Path, unbroken: dict[str, Any]) -> None:
+    killed = kill_at_checkpoint("anisotropic_images", [*SHORT, "killed"], folder, "train/checkpoint.pt")
+    assert killed != metrics(folder / "whole")
+    resumed = results("anisotropic_images", [*SHORT, "killed", "--resume"], folder)
     assert metrics(folder / "killed") == metrics(folder / "whole")
     for name in ("readouts", "precision", "held_out_loss"):
-        assert resumed[name] == whole[name]
+        assert resumed[name] == unbroken[name]
 
 
-def test_two_processes_are_one(folder: Path) -> None:
-    words = [*SMALL, "--steps", "6", "--every", "2", "--output"]
-    one, two = (results("anisotropic_images", [*words, f"of-{n}"], folder, n) for n in (1, 2))
-    lines = [(folder / f"of-{n}" / "train" / "metrics.jsonl").read_text().splitlines() for n in (1, 2)]
-    for a, b in zip(*lines, strict=True):
-        assert json.loads(a) == pytest.approx(json.loads(b), rel=2e-5)
-    assert two["precision"] == pytest.approx(one["precision"], rel=1e-4)
-    assert two["readouts"]["backbone"] == pytest.approx(one["readouts"]["backbone"], abs=1.0)
+def test_two_processes_are_one(folder: Path, unbroken: dict[str, Any]) -> None:
+    two = results_of_two("anisotropic_images", [*SHORT, "of-2"], folder)
+    for a, b in zip(records(folder / "whole"), records(folder / "of-2"), strict=True):
+        assert a == pytest.approx(b, rel=2e-5)
+    assert two["precision"] == pytest.approx(unbroken["precision"], rel=1e-4)
+    assert two["readouts"]["backbone"] == pytest.approx(unbroken["readouts"]["backbone"], abs=1.0)
 
 
 def test_a_frozen_network_sees_every_view_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,28 +119,15 @@ def test_a_frozen_network_sees_every_view_once(folder: Path, monkeypatch: pytest
     passes: list[int] = []
     forward = CifarResNet.forward
     monkeypatch.setattr(CifarResNet, "forward", lambda self, x: (passes.append(len(x)), forward(self, x))[1])
-    words = [
-        "--preset",
-        "post-hoc",
-        "--train-images",
-        "290",
-        "--data-dir",
-        "data",
-        "--cache-dir",
-        "store",
-        "--steps",
-        "6",
-        "--every",
-        "3",
-    ]
-    words += ["--batch-size", "32", "--views", "2", "--read-images", "100", "--dim", "8"]
-    found = in_place([*words, "--output", "frozen"], folder, monkeypatch)
+    tiny = "--train-images 290 --read-images 100 --batch-size 32 --views 2 --dim 8 --steps 6 --every 3"
+    words = ["--preset", "post-hoc", "--data-dir", "data", "--cache-dir", "store", *tiny.split(), "--output"]
+    found = results("anisotropic_images", [*words, "frozen"], folder)
     assert list(found["readouts"]) == ["untrained projection", "backbone", "projection"]
     seen = sum(passes)
     once = 2 * 150 + 2 * 140 + 2 * 100 + 2 * 90  # two views of each image, or one and the image as it is
     assert once <= seen < once + 20
     passes.clear()
-    other = in_place([*words, "--loss", "infonce", "--seed", "3", "--output", "other"], folder, monkeypatch)
+    other = results("anisotropic_images", [*words, "other", "--loss", "infonce", "--seed", "3"], folder)
     assert sum(passes) < 20  # those that look at the network's shape
     assert other["readouts"]["backbone"]["augmentation"] == found["readouts"]["backbone"]["augmentation"]
 
@@ -252,14 +221,8 @@ def test_what_cannot_work_is_said_before_it_is_tried(
         assert exit.value.code == 2
         return capsys.readouterr().err
 
-    assert "'smoke'" in refused(["--preset", "smokes"])
     assert "the training images of cifar10 are not in nowhere" in refused(["--data-dir", "nowhere", "--output", "a"])
     few = refused([*SMALL, "--train-images", "1100", "--output", "b"])
     assert "1100 training images are there; expected 1000 to hold out and 360 more" in few
     worse = [*SMALL, "--steps", "1", "--every", "1", "--check", "--output", "c"]
     assert "the held-out loss is" in refused(worse)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_options(name: str) -> None:
-    ImagesConfig(**PRESETS[name])
