@@ -23,21 +23,21 @@ FAMILIES = ("resnet18", "vgg11_bn", "vit_tiny_patch16_224", "convnext_atto")
 PARTS: dict[str, dict[str, str]] = {
     "resnet20": {
         "fine-tuned, ELK": "--preset default",
-        "fine-tuned, MCInfoNCE": "--preset mcinfonce",
-        "fine-tuned, HIB": "--preset hib",
         "fine-tuned, soft cross-entropy": "--preset soft-cross-entropy",
         "post-hoc, ELK": "--preset posthoc",
-        "post-hoc, MCInfoNCE": "--preset posthoc mcinfonce --steps 300 --every 25",
-        "post-hoc, HIB": "--preset posthoc hib --steps 300 --every 25",
+        "post-hoc, MCInfoNCE": "--preset posthoc mcinfonce --every 25",
+        "post-hoc, HIB": "--preset posthoc hib --every 25",
         "post-hoc, ELK, kappa = norm": "--preset posthoc --parametrization norm",
-        "post-hoc, MCInfoNCE, kappa = norm": "--preset posthoc mcinfonce --steps 300 --every 25 --parametrization norm",
+        "post-hoc, MCInfoNCE, kappa = norm": "--preset posthoc mcinfonce --every 25 --parametrization norm",
         "post-hoc, soft cross-entropy": "--preset posthoc soft-cross-entropy",
+        "fine-tuned, MCInfoNCE": "--preset mcinfonce",
+        "fine-tuned, HIB": "--preset hib",
     },
     "resnet56": {
         "fine-tuned, ELK": "--preset default --backbone resnet56",
         "fine-tuned, soft cross-entropy": "--preset soft-cross-entropy --backbone resnet56",
         "post-hoc, ELK": "--preset posthoc --backbone resnet56",
-        "post-hoc, MCInfoNCE": "--preset posthoc mcinfonce --steps 300 --every 25 --backbone resnet56",
+        "post-hoc, MCInfoNCE": "--preset posthoc mcinfonce --every 25 --backbone resnet56",
     },
     "families": {
         f"{name}, kappa = {kind}": f"--scratch --train-on train-hard --folds 0 --steps 3000 --every 500 --lr 1e-3 "

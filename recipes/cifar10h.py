@@ -113,15 +113,15 @@ class Cifar10HConfig(RecipeConfig):
     """begin the projection at the features' principal directions, with a bias; else at Xavier's numbers (the paper)"""
     reference: bool = False
     """the losses as in the paper's code, with its sampler or its fitted normaliser"""
-    head_steps: int = 300
+    head_steps: int = 500
     """of the optimiser on stored features, before the whole network trains (finetune of a trained backbone only)"""
-    steps: int = 100
+    steps: int = 300
     """of the optimiser, in each fold"""
-    every: int = 50
+    every: int = 100
     """steps between evaluations and checkpoints"""
-    batch_size: int = 64
+    batch_size: int = 128
     """anchors of a step, over all processes; each has a positive beside it where pairs are drawn"""
-    block: int = 32
+    block: int = 64
     """rows that are paired with each other, or are each other's negatives; a process takes whole blocks"""
     lr: float = 5e-4
     """of AdamW, for the backbone, which posthoc leaves as it is"""
@@ -311,14 +311,11 @@ def _extract(config: Cifar10HConfig, backbone: Backbone, images: np.ndarray) -> 
     return backbone.extract(images, cache_dir=config.cache_dir, progress=False)
 
 
+DRAWN: Preset = {"pairs": "drawn", "batch_size": 64, "block": 32}
+"""As many images a step as with all pairs: each anchor has its positive beside it."""
 MCINFONCE: Preset = {
-    "loss": "mcinfonce",
-    "pairs": "drawn",
-    "concentration": 16.0,
-    "kappa": 38.0,
-    "negatives": 16,
-    "head_lr": 1e-3,
-}
+    **DRAWN, "loss": "mcinfonce", "concentration": 16.0, "kappa": 38.0, "negatives": 16, "head_lr": 1e-3,
+}  # fmt: skip
 PAPER: Preset = {
     **MCINFONCE,
     "backbone": "resnet18",
@@ -347,12 +344,13 @@ PAPER: Preset = {
 PRESETS: dict[str, Preset] = {
     "default": {},
     "smoke": {
-        "rows": 1000, "folds": (0,), "head_steps": 100, "steps": 8, "every": 4, "resamples": 100, "check": True,
+        "rows": 1000, "folds": (0,), "head_steps": 100, "steps": 8, "every": 4, "batch_size": 64, "block": 32, "resamples": 100,
+        "check": True,
     },
     "mcinfonce": MCINFONCE,
-    "hib": {"loss": "hib", "pairs": "drawn", "kappa": 38.0, "hib_scale": 8.0, "hib_shift": -2.0, "head_lr": 1e-3},
+    "hib": {**DRAWN, "loss": "hib", "kappa": 38.0, "hib_scale": 8.0, "hib_shift": -2.0, "head_lr": 1e-3},
     "soft-cross-entropy": {"loss": "soft-cross-entropy"},
-    "posthoc": {"variant": "posthoc", "steps": 200, "batch_size": 128, "block": 64, "crops": 0.0},
+    "posthoc": {"variant": "posthoc", "steps": 500, "crops": 0.0},
     "paper": PAPER,
     "paper-elk": {**PAPER, "loss": "elk", "concentration": 32.0, "kappa": 32.0, "negatives": 1, "phases": 0},
     "paper-hib": {**PAPER, "loss": "hib", "kappa": 32.0, "negatives": 0},
