@@ -35,7 +35,7 @@ BLOCKS = 8
 AHEAD = 32
 """Steps whose pairs are drawn at once, which takes a fourth of the time of drawing each on its own."""
 TYPICAL = 0.7
-"""Of n - 1, added to the precision: acceptance 0.69 to 0.85 in 4 to 50 dimensions at precisions 5 to 25."""
+"""Of n - 1, added to the precision: acceptance 0.62 to 0.85 in 2 to 50 dimensions at precisions 5 to 25."""
 
 
 def precisions(layout: Layout, dim: int, lowest: float, highest: float, families: int = 1) -> Tensor:
