@@ -32,12 +32,9 @@ from . import running
 from .anisotropic_readout import Figures, Judged, draw, readout, table
 from .anisotropic_views import (
     Batch,
-    Images,
     Part,
     feature_batches,
-    image_batches,
     image_part,
-    load_images,
     stored_part,
     stored_views,
 )
@@ -45,6 +42,7 @@ from .augmentations import Augmentation
 from .cifar10h_networks import cifar_backbone
 from .networks import StridedConvNet
 from .running import RecipeConfig, Run, check_counts, check_positive, scheduled, seeded_module
+from .view_batches import Images, ViewBatches, load_images
 
 HELD_OUT = 1000
 """Training images whose loss is watched, and that nothing is trained on."""
@@ -281,7 +279,7 @@ def prepare(config: ImagesConfig, run: Run) -> Material:
         network = seeded_module(lambda: StridedConvNet(train.pixels.shape[1], config.width), config.seed, ENCODER)
         encoder: nn.Module = Centred(network)
         size = network.size
-        batch = image_batches(train, how, config.batch_size, config.seed, run.launch, run.device)
+        batch: Batch = ViewBatches(train, how, config.batch_size, config.seed, run.launch, run.device)
         first, second = (torch.cat(list(one.view())) for one in pair)
     else:
         streams = range(len(sets), len(sets) + config.views)

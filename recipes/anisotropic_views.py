@@ -1,4 +1,4 @@
-"""Pairs of views for a contrastive training, and views with known parameters for readouts: of images, or of stored features."""
+"""Views with known parameters for readouts, of images or as stored features, and pairs of stored views for a training."""
 
 from __future__ import annotations
 
@@ -12,36 +12,13 @@ from torch import Tensor
 
 from ..adapters.backbone import Backbone
 from ..adapters.distributed import Launch
-from ..adapters.errors import DataError, OptionError
-from ..adapters.source_arrays import ArraySource
-from ..adapters.training import EpochOrder
 from ..adapters.training_loop import step_generator
-from ..eval.datasets import open_named
 from .augmentations import Augmentation, augment, draw, join
-from .running import row_blocks
+from .view_batches import BLOCK, CHUNK, BlockRows, Images
 
-BLOCK = 32
-"""Rows of a batch that share a generator: so many rows, or a multiple, are a process's share."""
-CHUNK = 512
-"""Images that are augmented or encoded at a time outside the training."""
-ORDER, TRAINING, FIXED = range(3)  # streams of random numbers
+FIXED = 2  # a stream of random numbers
 
-Batch = Callable[[int], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images uint8 [N, C, H, W] in memory and their labels int64 [N]."""
-
-    pixels: Tensor
-    label: np.ndarray
-
-    def first(self, count: int) -> Images:
-        return Images(self.pixels[:count], self.label[:count])
-
-    def chunks(self, device: torch.device) -> Iterator[Tensor]:
-        """All images, float32 in 0..1, `CHUNK` at a time."""
-        return (as_floats(part, device) for part in self.pixels.split(CHUNK))
+Batch = Callable[[int], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -59,66 +36,13 @@ class Part:
     parameters: dict[str, Tensor]
 
 
-def load_images(name: str, split: str, data_dir: Path | None) -> Images:
-    """A named set whose images fit in memory. Raises DataError where it is not there, or holds files of images."""
-    source = open_named(name, split, data_dir)
-    if not isinstance(source, ArraySource):
-        raise DataError(f"{name} is no array of small images; expected one that is, such as cifar10")
-    array = source.images if source.images.ndim == 4 else source.images[..., None]
-    return Images(torch.from_numpy(np.array(array.transpose(0, 3, 1, 2), order="C")), np.asarray(source.labels))
-
-
-def as_floats(pixels: Tensor, device: torch.device) -> Tensor:
-    """uint8 -> float32 in 0..1, on the device."""
-    return pixels.to(device).float() / 255.0
-
-
-class _Rows:
-    """This process's rows of each batch, in an order of their own for each epoch, and a generator for each `BLOCK` of them."""
-
-    def __init__(self, rows: int, batch_size: int, seed: int, launch: Launch) -> None:
-        if rows < batch_size:
-            raise OptionError(
-                f"a batch of {batch_size} rows was asked for and there are {rows} images: give a smaller one"
-            )
-        self.blocks = row_blocks(batch_size, BLOCK, launch)
-        self.order = EpochOrder(np.arange(rows), step_generator(seed, ORDER).initial_seed())
-        self.each, self.batch_size, self.seed = rows // batch_size, batch_size, seed
-
-    def __call__(self, step: int) -> tuple[Tensor, list[torch.Generator]]:
-        epoch, place = divmod(step, self.each)
-        start = place * self.batch_size
-        own = slice(start + self.blocks.start * BLOCK, start + self.blocks.stop * BLOCK)
-        generators = [step_generator(self.seed, TRAINING, step, block) for block in self.blocks]
-        return torch.from_numpy(self.order(epoch)[own]), generators
-
-
-def image_batches(
-    images: Images, how: Augmentation, batch_size: int, seed: int, launch: Launch, device: torch.device
-) -> Batch:
-    """Batches of two fresh views [b, C, H, W] of the same images; b is this process's share.
-
-    Raises OptionError for fewer images than a batch, or a batch that the processes cannot share.
-    """
-    rows = _Rows(len(images.pixels), batch_size, seed, launch)
-    shape = images.pixels.shape[1:]
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        chosen, generators = rows(step)
-        x = as_floats(images.pixels[chosen], device)
-        done = [join([draw(how, BLOCK, shape, g) for g in generators]) for _ in range(2)]
-        return augment(x, done[0]), augment(x, done[1])
-
-    return batch
-
-
 def feature_batches(features: Tensor, batch_size: int, seed: int, launch: Launch) -> Batch:
     """Batches of two of the views of the same images, [b, D], out of stored features [N, V, D], V >= 2. Raises the same."""
-    rows = _Rows(len(features), batch_size, seed, launch)
+    rows = BlockRows(len(features), batch_size, seed, launch)
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        chosen, generators = rows(step)
-        drawn = [torch.rand(BLOCK, features.shape[1], generator=g) for g in generators]
+    def batch(step: int) -> tuple[Tensor, ...]:
+        chosen = rows(step)
+        drawn = [torch.rand(BLOCK, features.shape[1], generator=g) for g in rows.generators(step)]
         two = torch.cat(drawn).argsort(1)[:, :2]
         return features[chosen, two[:, 0]], features[chosen, two[:, 1]]
 

@@ -21,6 +21,9 @@ from ..adapters.errors import OptionError
 
 TRIES = 10
 """Boxes that are tried for a crop before it becomes the largest one in the middle, as in torchvision."""
+MOST_SIGMA = 16.0
+REACH = 4
+"""Standard deviations at which the blur's weights end."""
 LUMA = (0.2989, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -31,9 +34,10 @@ class Augmentation:
 
     Attributes:
         scale: lowest and highest share of the image's area in a crop. ratio: lowest and highest width over height.
-        flip, jitter, grayscale: probabilities.
+        flip, jitter, grayscale, blur: probabilities.
         brightness, contrast, saturation: a factor is drawn from 1 - this to 1 + this. hue: a turn from -this to this, in
             whole circles.
+        sigma: lowest and highest standard deviation of the blur, in pixels of the view.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -45,12 +49,18 @@ class Augmentation:
     saturation: float = 0.4
     hue: float = 0.1
     grayscale: float = 0.2
+    blur: float = 0.0
+    sigma: tuple[float, float] = (0.1, 2.0)
 
     def __post_init__(self) -> None:
-        for name in ("flip", "jitter", "grayscale", "brightness", "contrast", "saturation"):
+        for name in ("flip", "jitter", "grayscale", "blur", "brightness", "contrast", "saturation"):
             _within(name, getattr(self, name), 1.0)
         _within("hue", self.hue, 0.5)
-        for name, (low, high), most in (("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf)):
+        for name, (low, high), most in (
+            ("scale", self.scale, 1.0),
+            ("ratio", self.ratio, math.inf),
+            ("sigma", self.sigma, MOST_SIGMA),
+        ):
             if not 0.0 < low <= high <= most:
                 raise OptionError(
                     f"Augmentation: {name}={low}, {high} was given; expected 0 < lowest <= highest <= {most}"
@@ -65,6 +75,7 @@ class Parameters:
         shape: (C, H, W) of the images. box: int64 [B, 4], the crop's top, left, height, width in pixels.
         flip, jitter, gray: bool [B]. colour: float32 [B, 4], the factors of brightness, contrast and saturation and the
             turn of the hue, 1, 1, 1, 0 where there is no jitter. order: int64 [B, 4], which of the four comes first, second...
+        sigma: float32 [B], of the blur in pixels of the view; 0: none.
     """
 
     shape: tuple[int, int, int]
@@ -74,6 +85,7 @@ class Parameters:
     colour: Tensor
     order: Tensor
     gray: Tensor
+    sigma: Tensor
 
     def __len__(self) -> int:
         return len(self.box)
@@ -83,7 +95,7 @@ class Parameters:
 
         x, y: where the crop's middle lies, from -1 (left, top) to 1. scale, ratio: logarithms of the share of the area and
         of width over height. flip, grayscale: 0 or 1. brightness, contrast, saturation (factors), hue. Grey images have
-        neither saturation, hue nor grayscale.
+        neither saturation, hue nor grayscale. sigma: where there is any blur.
         """
         channels, height, width = self.shape
         top, left, tall, wide = self.box.double().unbind(1)
@@ -100,6 +112,8 @@ class Parameters:
             found["saturation"] = self.colour[:, SATURATION].double()
             found["hue"] = self.colour[:, HUE].double()
             found["grayscale"] = self.gray.double()
+        if bool((self.sigma > 0).any()):
+            found["sigma"] = self.sigma.double()
         return found
 
 
@@ -121,9 +135,12 @@ def draw(augmentation: Augmentation, count: int, shape: Sequence[int], generator
     rest = torch.tensor([1.0, 1.0, 1.0, 0.0])
     moved = reach * (2.0 * torch.rand(count, 4, generator=generator) - 1.0)
     order = torch.rand(count, 4, generator=generator).argsort(1)
-    return Parameters(
-        (channels, height, width), box, flip, jitter, rest + torch.where(jitter[:, None], moved, 0.0), order, gray
-    )
+    sigma = torch.zeros(count)
+    if augmentation.blur:
+        low, high = augmentation.sigma
+        sigma = torch.where(chance(augmentation.blur), low + (high - low) * torch.rand(count, generator=generator), 0.0)
+    colour = rest + torch.where(jitter[:, None], moved, 0.0)
+    return Parameters((channels, height, width), box, flip, jitter, colour, order, gray, sigma)
 
 
 def join(parts: Sequence[Parameters]) -> Parameters:
@@ -135,7 +152,8 @@ def join(parts: Sequence[Parameters]) -> Parameters:
 def augment(images: Tensor, done: Parameters, size: tuple[int, int] | None = None) -> Tensor:
     """Views [B, C, *size] in 0..1 of float images [B, C, H, W] in 0..1, on their device; `size` None: as the images.
 
-    The crop is resized bilinearly with antialiasing, then flipped, then its colours are changed, then it is turned grey.
+    The crop is resized bilinearly with antialiasing, then flipped, then its colours are changed, then it is turned grey, then
+    blurred.
     Raises OptionError for images that the parameters are not of.
     """
     if tuple(images.shape) != (len(done), *done.shape):
@@ -153,6 +171,11 @@ def augment(images: Tensor, done: Parameters, size: tuple[int, int] | None = Non
                 views[rows] = change(views[rows], amount)
     if done.shape[0] == 3:
         views = torch.where(done.gray.to(views.device)[:, None, None, None], luma(views), views)
+    rows = torch.nonzero(done.sigma)[:, 0]
+    if len(rows):
+        down, across = (_gaussians(done.sigma[rows], pixels).to(views) for pixels in views.shape[2:])
+        rows = rows.to(views.device)
+        views[rows] = down[:, None] @ views[rows] @ across.mT[:, None]
     return views
 
 
@@ -208,6 +231,19 @@ def _tents(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
     weight = (1.0 - (pixel - middle[..., None]).abs() / step.clamp(min=1.0)[..., None]).clamp(min=0.0)
     inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
     weight = weight * inside[:, None]
+    return weight / weight.sum(2, keepdim=True)
+
+
+def _gaussians(sigma: Tensor, pixels: int) -> Tensor:
+    """Weights [B, pixels, pixels] of a line's pixels in each blurred one; what lies beyond an end is the mirrored line."""
+    place = torch.arange(pixels)
+    weight = torch.zeros(len(sigma), pixels, pixels)
+    reach = min(math.ceil(REACH * float(sigma.max())), pixels - 1)
+    for step in range(-reach, reach + 1):
+        where = (place + step).abs()
+        where = torch.where(where > pixels - 1, 2 * (pixels - 1) - where, where)
+        share = torch.exp(-0.5 * (step / sigma) ** 2) * (abs(step) <= REACH * sigma)
+        weight[:, place, where] += share[:, None]
     return weight / weight.sum(2, keepdim=True)
 
 

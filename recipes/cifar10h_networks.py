@@ -19,20 +19,10 @@ from ..adapters.errors import BackboneError, OptionError, suggest
 from ..adapters.heads.common import LogSumExpNet
 from ..adapters.vmf import VonMisesFisher, concentration_from_resultant
 from ..eval.datasets import default_data_dir
-from .networks import CifarResNet
 from .running import seeded
+from .small_image_networks import DEPTHS, group_normalised, small_image_network, statistics
 
 Parametrization = Literal["network", "norm"]
-CLASSES = 10
-DEPTHS = {"resnet20": 20, "resnet56": 56}
-SMALL_IMAGES: dict[str, dict[str, Any]] = {
-    "vit": {"img_size": 32, "patch_size": 4},
-    "convnext": {"patch_size": 2},
-}
-"""What timm is told so that a family takes images of 32 px, by how the name begins."""
-RESNET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
-"""Means and deviations of the colours: those ResNet-20 and 56 were trained with, and the paper's."""
 BOUNDS = torch.tensor([0.02, 0.9999])
 """Mean resultant lengths of the least and the most certain posterior that the network can answer with."""
 WIDTH = 64
@@ -61,46 +51,6 @@ def cifar_backbone(
     mean, std = statistics(name)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
     return build_backbone(module, checkpoint=checkpoint, transform=transform)
-
-
-def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Means and deviations of the colours a network is given."""
-    return RESNET_STATISTICS if name in DEPTHS else STATISTICS
-
-
-def small_image_network(name: str) -> nn.Module:
-    """A network of CIFAR's ten classes for 32 px: ResNets with a 3x3 stem (the max-pool stays, as in the paper), VGG with
-    pooled features, ViT with patches of 4 px, ConvNeXt with patches of 2. Raises BackboneError for one that takes none."""
-    if name in DEPTHS:
-        return CifarResNet(DEPTHS[name], CLASSES)
-    more = next((options for family, options in SMALL_IMAGES.items() if name.startswith(family)), {})
-    try:
-        module: Any = timm.create_model(name, pretrained=False, num_classes=CLASSES, **more)
-        if name.startswith("resnet"):
-            old = module.conv1
-            module.conv1 = nn.Conv2d(3, old.out_channels, 3, stride=1, padding=1, bias=False)
-        if name.startswith("vgg"):
-            module.pre_logits = nn.Identity()  # three linear layers of 4,096 for a map of 7 x 7
-            width = [part for part in module.features if isinstance(part, nn.Conv2d)][-1].out_channels
-            module.head = timm.layers.ClassifierHead(width, CLASSES)
-        with torch.no_grad():
-            module.eval()(torch.zeros(1, 3, 32, 32))
-    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
-        raise BackboneError(
-            f"--backbone {name!r} takes no images of 32 px ({type(error).__name__}: {error})"
-        ) from error
-    return module
-
-
-def group_normalised(module: nn.Module) -> None:
-    """Puts GroupNorm in the place of every BatchNorm2d: no statistics of a batch, so processes need none in common."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            norm: nn.Module = nn.GroupNorm(math.gcd(child.num_features, 8), child.num_features)
-            activation = getattr(child, "act", None)  # timm has both in one
-            setattr(module, name, norm if activation is None else nn.Sequential(norm, activation))
-        else:
-            group_normalised(child)
 
 
 def _known_weights(name: str, data_dir: Path) -> Path:

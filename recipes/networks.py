@@ -29,18 +29,19 @@ class _BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """The CIFAR-10 residual networks of He et al. (arXiv 1512.03385, section 4.2) with option-A shortcuts.
 
-    depth 20 has 0.27 M parameters, 56 has 0.85 M. Images [B, 3, 32, 32], normalised -> logits [B, classes].
+    depth 20 has 0.27 M parameters, 56 has 0.85 M. Images [B, channels, 32, 32], normalised -> logits
+    [B, classes], or the pooled features [B, 64] of no classes.
     """
 
-    def __init__(self, depth: int = 20, classes: int = 10) -> None:
+    def __init__(self, depth: int = 20, classes: int = 10, channels: int = 3) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = self._stage(16, 16, blocks, 1)
         self.layer2 = self._stage(16, 32, blocks, 2)
         self.layer3 = self._stage(32, 64, blocks, 2)
-        self.linear = nn.Linear(64, classes)
+        self.linear = nn.Linear(64, classes) if classes else nn.Identity()
 
     @staticmethod
     def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:

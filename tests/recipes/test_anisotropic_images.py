@@ -16,19 +16,12 @@ from posthoc.adapters.errors import OptionError
 from posthoc.recipes import anisotropic_images
 from posthoc.recipes.anisotropic_images import ImagesConfig
 from posthoc.recipes.anisotropic_readout import Judged, readout, table
-from posthoc.recipes.anisotropic_views import (
-    BLOCK,
-    CHUNK,
-    Images,
-    feature_batches,
-    image_batches,
-    image_part,
-    load_images,
-)
+from posthoc.recipes.anisotropic_views import feature_batches, image_part
 from posthoc.recipes.augmentations import Augmentation, augment, draw
 from posthoc.recipes.digits import load_digits
 from posthoc.recipes.networks import CifarResNet, StridedConvNet
 from posthoc.recipes.running import seeded
+from posthoc.recipes.view_batches import BLOCK, CHUNK, Images, ViewBatches, load_images
 
 from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
 
@@ -135,8 +128,8 @@ def test_a_frozen_network_sees_every_view_once(folder: Path, monkeypatch: pytest
 def test_batches_are_those_of_the_global_rows() -> None:
     pixels = torch.randint(0, 256, (200, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     images, how = Images(pixels, np.zeros(200, np.int64)), Augmentation()
-    whole = image_batches(images, how, 4 * BLOCK, 5, ALONE, CPU)
-    shares = [image_batches(images, how, 4 * BLOCK, 5, Launch(rank, 2), CPU) for rank in (0, 1)]
+    whole = ViewBatches(images, how, 4 * BLOCK, 5, ALONE, CPU)
+    shares = [ViewBatches(images, how, 4 * BLOCK, 5, Launch(rank, 2), CPU) for rank in (0, 1)]
     features = torch.arange(200 * 3).float().view(200, 3, 1)
     stored = feature_batches(features, 4 * BLOCK, 5, ALONE)
     for step in (0, 1, 7):
@@ -151,9 +144,9 @@ def test_batches_are_those_of_the_global_rows() -> None:
         assert len((a // 3).unique()) == 4 * BLOCK
     assert not torch.equal(whole(0)[0], whole(1)[0])
     with pytest.raises(OptionError, match="100 rows in blocks of 32"):
-        image_batches(images, how, 100, 0, ALONE, CPU)
+        ViewBatches(images, how, 100, 0, ALONE, CPU)
     with pytest.raises(OptionError, match="a batch of 256 rows was asked for and there are 200 images"):
-        image_batches(images, how, 256, 0, ALONE, CPU)
+        ViewBatches(images, how, 256, 0, ALONE, CPU)
 
 
 def test_a_part_knows_what_was_done_to_its_views(folder: Path) -> None:

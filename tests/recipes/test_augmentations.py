@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torchvision.transforms.v2 import functional as reference
 from posthoc.adapters.errors import OptionError
 from posthoc.recipes.augmentations import Augmentation, Parameters, augment, draw, join, luma
 
+HALVES = (slice(0, 100), slice(100, 200))
 ALTERED = (
     reference.adjust_brightness,
     reference.adjust_contrast,
@@ -110,6 +112,27 @@ def test_the_table_says_where_the_crop_lies() -> None:
     assert table["scale"].exp().tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 2])
     assert table["ratio"].exp().tolist() == pytest.approx([1, 1, 4])
     assert set(table) == {"x", "y", "scale", "ratio", "flip", "brightness", "contrast"}  # of a grey image
+
+
+def test_blur_is_torchvisions(generator: torch.Generator) -> None:
+    """Where its kernel ends at four standard deviations, as ours does."""
+    still = Augmentation(scale=(1.0, 1.0), ratio=(1.4, 1.4), flip=0.0, jitter=0.0, grayscale=0.0, blur=0.5)
+    images = torch.rand(200, 3, 20, 28, generator=generator)
+    done = draw(still, 200, (3, 20, 28), generator)
+    blurred = done.sigma > 0
+    assert blurred.double().mean() == pytest.approx(0.5, abs=0.15)
+    assert done.sigma[blurred].min() == pytest.approx(0.1, abs=0.1)
+    assert done.sigma[blurred].max() == pytest.approx(2.0, abs=0.1)
+    assert torch.equal(done.table()["sigma"], done.sigma.double())
+    done.sigma[:3] = torch.tensor([0.5, 1.0, 2.0])
+    done.sigma[3] = 0.0
+    views = augment(images, done)
+    for row, size in enumerate((5, 9, 17)):
+        theirs = reference.gaussian_blur(images[row], [size, size], [done.sigma[row].item()] * 2)
+        torch.testing.assert_close(views[row], theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(views[3], images[3])
+    parts = [Parameters(done.shape, *(getattr(done, f.name)[part] for f in fields(done)[1:])) for part in HALVES]
+    assert torch.equal(torch.cat([augment(images[part], one) for part, one in zip(HALVES, parts, strict=True)]), views)
 
 
 def test_grey_values_are_torchvisions(generator: torch.Generator) -> None:

@@ -1,0 +1,75 @@
+"""Networks for small images: CIFAR's own and timm's with a stem for 32 px, with GroupNorm where processes share a batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ..adapters.errors import BackboneError
+from .networks import CifarResNet
+
+CLASSES = 10
+DEPTHS = {"resnet20": 20, "resnet56": 56}
+"""The networks of CIFAR's own, `CifarResNet`, by name."""
+SMALL_IMAGES: dict[str, dict[str, Any]] = {
+    "vit": {"img_size": 32, "patch_size": 4},
+    "convnext": {"patch_size": 2},
+}
+"""What timm is told so that a family takes images of 32 px, by how the name begins."""
+RESNET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+"""Means and deviations of the colours: those ResNet-20 and 56 were trained with, and CIFAR-10's."""
+
+
+def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means and deviations of the colours a network is given."""
+    return RESNET_STATISTICS if name in DEPTHS else STATISTICS
+
+
+def small_image_network(
+    name: str, classes: int = CLASSES, channels: int = 3, size: int = 32, max_pool: bool = True
+) -> nn.Module:
+    """A network for small images [B, channels, size, size]: ResNets with a 3x3 stem, VGG with pooled features, ViT with
+    patches of 4 px, ConvNeXt with patches of 2.
+
+    classes: 0 gives the pooled features. max_pool: whether a ResNet's stem keeps its own. Raises BackboneError for a network
+    that takes no such images.
+    """
+    if name in DEPTHS:
+        return CifarResNet(DEPTHS[name], classes, channels)
+    more = dict(next((options for family, options in SMALL_IMAGES.items() if name.startswith(family)), {}))
+    if "img_size" in more:
+        more["img_size"] = size
+    try:
+        module: Any = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **more)
+        if name.startswith("resnet"):
+            old = module.conv1
+            module.conv1 = nn.Conv2d(channels, old.out_channels, 3, stride=1, padding=1, bias=False)
+            if not max_pool:
+                module.maxpool = nn.Identity()
+        if name.startswith("vgg"):
+            module.pre_logits = nn.Identity()  # three linear layers of 4,096 for a map of 7 x 7
+            width = [part for part in module.features if isinstance(part, nn.Conv2d)][-1].out_channels
+            module.head = timm.layers.ClassifierHead(width, classes)
+        with torch.no_grad():
+            module.eval()(torch.zeros(1, channels, size, size))
+    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise BackboneError(
+            f"--backbone {name!r} takes no images of {size} px ({type(error).__name__}: {error})"
+        ) from error
+    return module
+
+
+def group_normalised(module: nn.Module) -> None:
+    """Puts GroupNorm in the place of every BatchNorm2d: no statistics of a batch, so processes need none in common."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            norm: nn.Module = nn.GroupNorm(math.gcd(child.num_features, 8), child.num_features)
+            activation = getattr(child, "act", None)  # timm has both in one
+            setattr(module, name, norm if activation is None else nn.Sequential(norm, activation))
+        else:
+            group_normalised(child)

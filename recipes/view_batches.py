@@ -1,0 +1,106 @@
+"""Small images in memory, and batches of several augmented views of them for a training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapters.distributed import Launch
+from ..adapters.errors import DataError, OptionError
+from ..adapters.source_arrays import ArraySource
+from ..adapters.training import EpochOrder
+from ..adapters.training_loop import step_generator
+from ..eval.datasets import open_named
+from .augmentations import Augmentation, augment, draw, join
+from .running import row_blocks
+
+BLOCK = 32
+"""Rows of a batch that share a generator: so many rows, or a multiple, are a process's share."""
+CHUNK = 512
+"""Images that are augmented or encoded at a time outside the training."""
+ORDER, TRAINING = range(2)  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images uint8 [N, C, H, W] in memory and their labels int64 [N]."""
+
+    pixels: Tensor
+    label: np.ndarray
+
+    def first(self, count: int) -> Images:
+        return Images(self.pixels[:count], self.label[:count])
+
+    def chunks(self, device: torch.device) -> Iterator[Tensor]:
+        """All images, float32 in 0..1, `CHUNK` at a time."""
+        return (as_floats(part, device) for part in self.pixels.split(CHUNK))
+
+
+def load_images(name: str, split: str, data_dir: Path | None) -> Images:
+    """A named set whose images fit in memory. Raises DataError where it is not there, or holds files of images."""
+    source = open_named(name, split, data_dir)
+    if not isinstance(source, ArraySource):
+        raise DataError(f"{name} is no array of small images; expected one that is, such as cifar10")
+    array = source.images if source.images.ndim == 4 else source.images[..., None]
+    return Images(torch.from_numpy(np.array(array.transpose(0, 3, 1, 2), order="C")), np.asarray(source.labels))
+
+
+def as_floats(pixels: Tensor, device: torch.device) -> Tensor:
+    """uint8 -> float32 in 0..1, on the device."""
+    return pixels.to(device).float() / 255.0
+
+
+class BlockRows:
+    """This process's rows of each batch, int64 [b], in an order of their own for each epoch.
+
+    each: batches of an epoch, of which what is left over is dropped. Raises OptionError for fewer rows than a batch, or a
+    batch that the processes cannot share.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, launch: Launch) -> None:
+        if rows < batch_size:
+            raise OptionError(
+                f"a batch of {batch_size} rows was asked for and there are {rows} images: give a smaller one"
+            )
+        self.blocks = row_blocks(batch_size, BLOCK, launch)
+        self.order = EpochOrder(np.arange(rows), step_generator(seed, ORDER).initial_seed())
+        self.each, self.batch_size, self.seed = rows // batch_size, batch_size, seed
+
+    def __call__(self, step: int) -> Tensor:
+        epoch, place = divmod(step, self.each)
+        start = place * self.batch_size
+        own = slice(start + self.blocks.start * BLOCK, start + self.blocks.stop * BLOCK)
+        return torch.from_numpy(self.order(epoch)[own])
+
+    def generators(self, step: int, stream: int = TRAINING) -> list[torch.Generator]:
+        """One for each `BLOCK` of this process's rows; those of another stream draw other numbers."""
+        return [step_generator(self.seed, stream, step, block) for block in self.blocks]
+
+
+class ViewBatches:
+    """Batches of `views` fresh views [b, C, H, W] in 0..1 of the same images; b is this process's share.
+
+        batches = ViewBatches(images, Augmentation(), 256, seed, launch, device)
+        first, second = batches(step)
+        images.label[batches.rows(step)]  # of the same images
+
+    The images lie on the device, 8 bits a number, and are augmented there. Raises as `BlockRows`.
+    """
+
+    def __init__(
+        self, images: Images, how: Augmentation, batch_size: int, seed: int, launch: Launch, device: torch.device,
+        views: int = 2,
+    ) -> None:  # fmt: skip
+        self.rows = BlockRows(len(images.pixels), batch_size, seed, launch)
+        self.pixels, self.how, self.device, self.views = images.pixels.to(device), how, device, views
+
+    def __call__(self, step: int) -> tuple[Tensor, ...]:
+        x = as_floats(self.pixels[self.rows(step).to(self.device)], self.device)
+        generators, shape = self.rows.generators(step), self.pixels.shape[1:]
+        done = [join([draw(self.how, BLOCK, shape, g) for g in generators]) for _ in range(self.views)]
+        return tuple(augment(x, one) for one in done)
