@@ -14,9 +14,7 @@ from ..adapters.backbone import Backbone
 from ..adapters.distributed import Launch
 from ..adapters.training_loop import step_generator
 from .augmentations import Augmentation, augment, draw, join
-from .view_batches import BLOCK, CHUNK, BlockRows, Images
-
-FIXED = 2  # a stream of random numbers
+from .view_batches import BLOCK, CHUNK, FIXED, BlockRows, Images
 
 Batch = Callable[[int], tuple[Tensor, ...]]
 

@@ -23,7 +23,7 @@ BLOCK = 32
 """Rows of a batch that share a generator: so many rows, or a multiple, are a process's share."""
 CHUNK = 512
 """Images that are augmented or encoded at a time outside the training."""
-ORDER, TRAINING = range(2)  # streams of random numbers
+ORDER, TRAINING, FIXED = range(3)  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -104,3 +104,17 @@ class ViewBatches:
         generators, shape = self.rows.generators(step), self.pixels.shape[1:]
         done = [join([draw(self.how, BLOCK, shape, g) for g in generators]) for _ in range(self.views)]
         return tuple(augment(x, one) for one in done)
+
+
+def fixed_views(
+    images: Images, how: Augmentation, seed: int, device: torch.device, views: int = 2
+) -> tuple[Tensor, ...]:
+    """Views [N, C, H, W] in 0..1 that are the same whenever they are asked for: they depend on (seed, view, row) alone."""
+    found = []
+    for view in range(views):
+        parts = []
+        for number, x in enumerate(images.chunks(device)):
+            generator = step_generator(seed, FIXED, view, number)
+            parts.append(augment(x, draw(how, len(x), x.shape[1:], generator)))
+        found.append(torch.cat(parts))
+    return tuple(found)

@@ -1,0 +1,190 @@
+"""What recipes share that pretrain a network on views of images: their options, the training, and its throughput.
+
+images, held_out, test = open_images(config, run)
+batches = ViewBatches(images, augmentation(config), config.batch_size, config.seed, run.launch, run.device)
+module = ...                      # takes what `batch(step)` gives, answers with the loss
+history = pretrain(run, module, batches, batches.rows.each, optimizer, watch)
+measured = throughput(run, module, batches)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..adapters.errors import DataError, OptionError
+from ..adapters.training_loop import History, Plan, Record, run_plan
+from .augmentations import Augmentation
+from .pretraining_networks import SMALL, Norm
+from .running import RecipeConfig, Run, check_counts, check_positive, scheduled
+from .view_batches import Images, load_images
+
+HELD_OUT = 1000
+"""Training images that nothing is trained on; of few images a tenth."""
+ROUNDS = 3
+"""How often each kind of batch is timed; the fastest counts, which others disturbed least."""
+Batch = Callable[[int], tuple[Any, ...]]
+
+
+@dataclass(kw_only=True)
+class PretrainingConfig(RecipeConfig):
+    """The options of a pretraining."""
+
+    dataset: str = "cifar10"
+    """square images by the name of their set, such as cifar10, cifar100 or fashion-mnist"""
+    data_dir: Path | None = None
+    """folder of the data; default: $POSTHOC_DATA"""
+    network: str = SMALL
+    """small (for two cores), resnet20, resnet56, or any timm network, such as resnet18: its stem becomes CIFAR's"""
+    width: int = 32
+    """of small's first layer; its feature has eight times as many dimensions"""
+    norm: Norm = "group"
+    """group, or batch: on several processes BatchNorm trains on GPUs only, by the statistics of all"""
+    hidden: int = 512
+    """width of the projection's hidden layer"""
+    dim: int = 128
+    """dimensions of the projection that the loss sees"""
+    batch_size: int = 128
+    """images a step, several views of each, over all processes; a multiple of 32"""
+    epochs: int = 4
+    """passes over the training images"""
+    every: int = 1
+    """epochs between two looks at held-out images, and checkpoints"""
+    lr: float = 1e-3
+    """peak learning rate"""
+    weight_decay: float = 1e-4
+    """of AdamW; not of biases and normalisation"""
+    warmup: float = 0.05
+    """share of the steps in which the learning rate rises; then it falls as a cosine"""
+    smallest_crop: float = 0.2
+    """least share of an image's area in a view"""
+    blur: float = 0.5
+    """probability of a Gaussian blur, of .1 to 2 pixels"""
+    train_images: int | None = None
+    """only the first so many training images"""
+    gather: bool = True
+    """whether the loss contrasts the images of all processes; else each process's own, which changes the result"""
+    compile: bool = False
+    """whether torch.compile builds the encoder, which pays on a GPU"""
+    probe_images: int | None = None
+    """training images that linear evaluation, neighbours and scores look at; default: all"""
+    ood_images: int = 2000
+    """at most so many images of each other set"""
+    throughput_steps: int = 10
+    """steps that the throughput is measured on; 0: it is not"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "epochs", "every", "hidden", "dim", "width", "ood_images", "batch_size")
+        check_positive(self, "lr")
+        for name in ("train_images", "probe_images"):
+            if getattr(self, name) is not None:
+                check_counts(self, name)
+        for name in ("weight_decay", "throughput_steps"):
+            if not getattr(self, name) >= 0:
+                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected 0 or more")
+        if not 0 <= self.warmup < 1:
+            raise OptionError(f"--warmup {self.warmup} was given; expected a share of the steps, from 0 to below 1")
+        augmentation(self)
+
+
+def augmentation(config: PretrainingConfig) -> Augmentation:
+    """How views are made. Raises OptionError for shares and probabilities that are none."""
+    return Augmentation(scale=(config.smallest_crop, 1.0), blur=config.blur)
+
+
+def open_images(config: PretrainingConfig, run: Run) -> tuple[Images, Images, Images]:
+    """Training images, held-out ones and the set's test images.
+
+    Raises DataError for data that are not there, not square, or too few for a batch.
+    """
+    train, test = (load_images(config.dataset, split, config.data_dir) for split in ("train", "test"))
+    train = train.first(config.train_images or len(train.label))
+    run.stands_on(train.pixels.numpy(), train.label, test.pixels.numpy(), test.label)
+    if train.pixels.shape[2] != train.pixels.shape[3] or train.pixels.shape[1:] != test.pixels.shape[1:]:
+        raise DataError(f"the images of {config.dataset} are {list(train.pixels.shape[1:])}; expected square ones")
+    kept = len(train.label) - min(HELD_OUT, len(train.label) // 10)
+    if kept < config.batch_size:
+        raise DataError(
+            f"{len(train.label)} training images are there, of which {kept} are trained on: fewer than a batch of "
+            f"{config.batch_size}; give more --train-images, or a smaller --batch-size"
+        )
+    return train.first(kept), Images(train.pixels[kept:], train.label[kept:]), test
+
+
+def adamw(module: nn.Module, config: PretrainingConfig) -> torch.optim.Optimizer:
+    """AdamW; biases, normalisation and single numbers do not decay."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
+
+
+def pretrain(
+    run: Run, module: nn.Module, batch: Batch, each: int, optimizer: torch.optim.Optimizer,
+    watch: Callable[[], Record], name: str = "train",
+) -> History:  # fmt: skip
+    """Train `module` for the epochs of the run's options, with warm-up and cosine.
+
+    Args:
+        batch: what the module's forward takes at a step; its answer is the loss. each: steps of an epoch.
+        watch: figures at the end of a round, the same in every process.
+    """
+    config: Any = run.config
+    steps = config.epochs * each
+    plan = Plan(
+        name=name,
+        steps=steps,
+        every=config.every * each,
+        batch=batch,
+        evaluate=watch,
+        folder=run.folder,
+        signature=f"{run.signature} {name}",
+        observe=run.observe(name, steps),
+    )
+    return run_plan(module, optimizer, scheduled("cosine", optimizer, steps, config.warmup), plan)
+
+
+def throughput(run: Run, module: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Images a second of the training loop, and of the same loop on random tensors that are there already.
+
+    The module is the same afterwards. `share`: the first over the second; what is missing of 1 is what batches cost. Every
+    process must call this. {} where the run's options ask for no measurement.
+    """
+    config: Any = run.config
+    steps = config.throughput_steps
+    if not steps:
+        return {}
+    state = copy.deepcopy(module.state_dict())
+    still = tuple(torch.rand_like(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch(0))
+    sources: dict[str, Batch] = {"training": batch, "random_tensors": lambda _: still}
+
+    def images_per_second(source: Batch, count: int) -> float:
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+        plan = Plan("throughput", count, count, source, dict, progress=False)
+        return count * config.batch_size / run_plan(module, optimizer, None, plan).seconds
+
+    images_per_second(batch, 1)  # the first step sets up memory and kernels
+    best = dict.fromkeys(sources, 0.0)
+    for _ in range(ROUNDS):
+        for name, source in sources.items():
+            best[name] = max(best[name], images_per_second(source, steps))
+    module.load_state_dict(state)
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else str(run.device)
+    rounded = {f"{name}_images_per_second": round(value, 1) for name, value in best.items()}
+    return {**rounded, "share": round(best["training"] / best["random_tensors"], 3), "device": device}
+
+
+def own_view_found(first: Tensor, second: Tensor) -> float:
+    """Share of images [N, D] whose other view [N, D] is the most similar (cosine) of all N."""
+    cosine = functional.normalize(first.float(), dim=1) @ functional.normalize(second.float(), dim=1).T
+    return float((cosine.argmax(1) == torch.arange(len(cosine), device=cosine.device)).double().mean())

@@ -1,0 +1,84 @@
+"""Networks for pretraining on small images: an encoder with pooled features, and a projection that the loss looks at."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ..adapters.distributed import Launch
+from ..adapters.errors import BackboneError, suggest
+from .networks import StridedConvNet
+from .small_image_networks import DEPTHS, RESNET_STATISTICS, group_normalised, small_image_network
+
+Norm = Literal["group", "batch"]
+SMALL = "small"
+"""The name of `StridedConvNet`, for two cores."""
+
+
+class Encoder(nn.Module):
+    """Images [B, C, H, W] in 0..1 -> pooled features [B, size] of a network that takes normalised ones, channels last.
+
+    The colours' means and deviations are ImageNet's, of grey images their means.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, channels: int, pixels: int) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for name, values in zip(("mean", "std"), RESNET_STATISTICS, strict=True):
+            colours = torch.tensor(values if channels == 3 else [sum(values) / 3])
+            self.register_buffer(name, colours[:, None, None], persistent=False)
+        with torch.no_grad():
+            self.size = int(self.eval()(torch.zeros(2, channels, pixels, pixels)).shape[1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images - self.mean) / self.std
+        return self.network(x.contiguous(memory_format=torch.channels_last))
+
+
+class PretrainingNetwork(nn.Module):
+    """Images [B, C, H, W] in 0..1 -> pooled features [B, F] and what the projection makes of them [B, D]."""
+
+    def __init__(self, encoder: Encoder, projection: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.projection = encoder, projection
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        feature = self.encoder(images)
+        return feature, self.projection(feature)
+
+
+def image_encoder(name: str, channels: int, pixels: int, norm: Norm = "group", width: int = 32) -> Encoder:
+    """An encoder with random weights for square images.
+
+    name: "small" (`StridedConvNet` of that `width`, which has GroupNorm), "resnet20", "resnet56", or a timm network, whose
+    stem becomes CIFAR's (3x3, stride 1, no max-pool). Raises BackboneError for a name that there is not, or a network that takes
+    no such images.
+    """
+    if name == SMALL:
+        return Encoder(StridedConvNet(channels, width), channels, pixels)
+    if name not in DEPTHS and not timm.is_model(name):
+        raise BackboneError(f"--network {name!r} is unknown; {suggest(name, [SMALL, *DEPTHS, *timm.list_models()])}")
+    network = small_image_network(name, 0, channels, pixels, max_pool=False)
+    if norm == "group":
+        group_normalised(network)
+    return Encoder(network, channels, pixels)
+
+
+def projection_head(size: int, hidden: int, dim: int, norm: Norm = "group") -> nn.Sequential:
+    """Features [B, size] -> [B, dim]: a hidden layer, normalised, and a linear one without bias."""
+    layer: nn.Module = nn.BatchNorm1d(hidden) if norm == "batch" else nn.GroupNorm(math.gcd(hidden, 8), hidden)
+    return nn.Sequential(nn.Linear(size, hidden), layer, nn.ReLU(), nn.Linear(hidden, dim, bias=False))
+
+
+def synchronised(module: nn.Module, launch: Launch, device: torch.device) -> nn.Module:
+    """BatchNorm with the statistics of all processes' rows, where there are several on GPUs; it is not there on CPUs."""
+    if launch.world == 1 or device.type == "cpu":
+        return module
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)

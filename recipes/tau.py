@@ -1,0 +1,294 @@
+"""TaU: does the temperature that a contrastive loss learns for each image say how uncertain its representation is?
+
+    python -m posthoc.recipes.tau --output runs/tau
+    accelerate launch -m posthoc.recipes.tau --method simclr --output runs/simclr
+    python -m posthoc.recipes.tau --preset efficientnet-lite0 --output runs/lite0
+
+A network is pretrained on CIFAR-10 without labels, by SimCLR or MoCo with a temperature for each image, by either without, or by
+a baseline; then what its features know of the classes, and how well its scores tell other sets, are measured. Or the library's
+temperature head is fitted on a frozen pretrained network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..adapters.errors import OptionError, PosthocError
+from ..adapters.losses.tau import temperature
+from ..adapters.training_loop import History, Record, step_generator
+from ..eval.dataset_classes import CLASSES
+from . import running
+from .pretraining import (
+    PretrainingConfig,
+    adamw,
+    augmentation,
+    open_images,
+    own_view_found,
+    pretrain,
+    throughput,
+)
+from .pretraining_evaluation import Encoded, certainty_grid, encode, ood_tables, other_sets, picture_of, worth
+from .pretraining_networks import PretrainingNetwork, image_encoder, projection_head, synchronised
+from .running import Run, check_counts, check_positive, seeded
+from .tau_methods import UNCERTAIN, Batches, Method, make_method, with_dropout
+from .tau_posthoc import run_posthoc
+from .tau_report import draw, table
+from .tau_scores import means, odin, uncertainties
+from .view_batches import CHUNK, Images, ViewBatches, fixed_views
+
+Kind = Literal["tau", "simclr", "tau-moco", "moco", "hib", "supervised"]
+NETWORK, MEMBER = 603, 604  # places of the random numbers
+GAIN = 0.01
+"""How much better than random features the linear evaluation must be for --check, in shares of the test images."""
+
+
+@dataclass(kw_only=True)
+class TauConfig(PretrainingConfig):
+    """The options of this recipe."""
+
+    output: Path = Path("runs/tau")
+    """folder of the run"""
+    method: Kind = "tau"
+    """simclr or moco with temperatures (tau, tau-moco) or without; hib: Gaussian posteriors; supervised: by labels"""
+    temperature: float = 0.1
+    """t; of tau and tau-moco the lowest temperature"""
+    include_positive: bool = False
+    """whether tau's denominator has the positive pair too; without it the loss has no lower bound"""
+    reference: bool = False
+    """as released: view-1's temperature in both numerators, 1e-6 in plain SimCLR's denominator; adds its kNN score"""
+    queue: int = 4096
+    """keys that moco keeps"""
+    momentum: float = 0.99
+    """share of itself that moco's second network keeps in a step"""
+    dropout: float = 0.0
+    """probability of dropping a channel, in training and in the passes that are scored; 0: none"""
+    passes: int = 10
+    """passes with dropout that an image is scored by"""
+    members: int = 1
+    """networks that are trained; the spread of several, aligned, is a score"""
+    samples: int = 4
+    """samples of a posterior of hib"""
+    papers_probe: bool = False
+    """also the paper's linear evaluation and nearest neighbour"""
+    backbone: str | None = None
+    """a frozen pretrained network on which only a temperature head is fitted: a timm name, resnet20 or resnet56 (CIFAR-10's), or
+    simclr, byol or clip"""
+    checkpoint: Path | None = None
+    """its weights (.safetensors or .pth); default: NAME.safetensors in the folder of the data, else timm's download"""
+    random_weights: bool = False
+    """random weights for it, to try the run"""
+    positives: Literal["views", "labels"] = "views"
+    """what the head takes as pairs"""
+    views: int = 4
+    """stored views of each image for the head"""
+    test_images: int | None = None
+    """at most so many test images that it scores; default: all"""
+    cache_dir: Path | None = None
+    """where its features are stored; default: the library's store"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "queue", "members", "samples", "views")
+        check_positive(self, "temperature")
+        if self.passes < 2:
+            raise OptionError(f"--passes {self.passes} was given; expected 2 or more")
+        for name in ("dropout", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise OptionError(f"--{name} {getattr(self, name)} was given; expected a number from 0 to below 1")
+        if self.backbone is None and (self.checkpoint is not None or self.random_weights):
+            raise OptionError("--checkpoint and --random-weights are of a frozen network: name it with --backbone")
+        if self.include_positive and self.method != "tau":
+            raise OptionError(f"--include-positive is an option of --method tau; {self.method} was given")
+        if self.include_positive and self.reference:
+            raise OptionError("--include-positive and --reference were given; the released configurations leave it out")
+
+
+PAPER: dict[str, Any] = {
+    "network": "resnet18", "norm": "batch", "hidden": 512, "dim": 128, "batch_size": 128, "epochs": 200, "every": 10,
+    "lr": 1e-4, "weight_decay": 0.0, "queue": 65536, "momentum": 0.999, "papers_probe": True,
+}  # fmt: skip
+"""The released configurations of TaU. Their LARS and weight decay had no effect (docs/recipes.md), so there are none here."""
+
+PRESETS: dict[str, running.Preset] = {
+    "smoke": {
+        "dataset": "fashion-mnist", "width": 16, "hidden": 128, "dim": 32, "train_images": 3500, "epochs": 5, "every": 5,
+        "lr": 2e-3, "probe_images": 2000, "ood_images": 300, "throughput_steps": 3, "check": True,
+    },
+    "default": {},
+    "paper": PAPER,
+    "paper-simclr": {"method": "simclr", "lr": 1e-3},
+    "cifar10": {"dataset": "cifar10"},
+    "fashion-mnist": {"dataset": "fashion-mnist"},
+    "tau": {"method": "tau"},
+    "tau-moco": {"method": "tau-moco"},
+    "moco": {"method": "moco"},
+    "hib": {"method": "hib"},
+    "mc-dropout": {"method": "simclr", "dropout": 0.5},
+    "mc-dropout-supervised": {"method": "supervised", "dropout": 0.5},
+    "ensemble": {"method": "simclr", "members": 5},
+    "supervised": {"method": "supervised"},
+    "reference": {"reference": True},
+    "gpu": {"network": "resnet18", "norm": "batch", "epochs": 100, "every": 20, "batch_size": 512, "compile": True},
+    **{name: {"backbone": name} for name in ("resnet50", "simclr", "byol", "clip", "resnet20", "resnet56")},
+    **{f"efficientnet-lite{k}": {"backbone": f"tf_efficientnet_lite{k}", "train_images": 4000} for k in range(3)},
+    "views": {"positives": "views"},
+    "labels": {"positives": "labels"},
+}  # fmt: skip
+
+
+@dataclass
+class Member:
+    """One trained network, how its training went, and what was watched of it before."""
+
+    method: Method
+    history: History
+    before: Record
+
+
+def run(config: TauConfig) -> None:
+    """Pretrain, evaluate and report; or fit a temperature head on a frozen network.
+
+    Raises PosthocError, if asked to check, where linear evaluation is no better than that of random features.
+    """
+    run = Run("tau", config)
+    if config.backbone is not None:
+        return run_posthoc(config, run)
+    train, held_out, test = open_images(config, run)
+    members, measured = [], {}
+    for number in range(config.members):
+        member, rates = train_member(config, run, number, train, held_out)
+        members.append(member)
+        measured = measured or rates
+    results = run.launch.on_main(lambda: evaluate(config, run, members, train, test))
+    results = {**results, "throughput": measured}
+    if run.launch.is_main:
+        draw(config.output, [member.history.records for member in members], results)
+        print(table(results))
+    run.finish(results)
+    gain = results["worth"]["linear"] - results["random_features"]["linear"]
+    if config.check and gain < GAIN:
+        raise PosthocError(
+            f"after {config.epochs} epochs the linear evaluation is {gain:+.3f} beside that of random features; expected "
+            f"{GAIN:+.3f} or more"
+        )
+    return None
+
+
+def train_member(
+    config: TauConfig, run: Run, number: int, train: Images, held_out: Images
+) -> tuple[Member, dict[str, Any]]:
+    """Train one network from weights of its own, on batches of its own; and its throughput, of the first one."""
+    network = make_network(config, train, number)
+    with seeded(config.seed, NETWORK, number, 1):
+        method = make_method(network, config)
+    method = synchronised(method, run.launch, run.device).to(run.device)
+    if config.compile:
+        network.encoder.compile()
+    seed = step_generator(config.seed, MEMBER, number).initial_seed()
+    supervised = config.method == "supervised"
+    views = ViewBatches(
+        train, augmentation(config), config.batch_size, seed, run.launch, run.device, 1 if supervised else 2
+    )
+    batches = Batches(views, train, supervised, config.dropout > 0)
+    pair = fixed_views(held_out, augmentation(config), seed, run.device)
+
+    def watch() -> Record:
+        return watched(method.network, config, pair, held_out)
+
+    method.eval()
+    with torch.no_grad():
+        before = watch()
+    name = "train" if config.members == 1 else f"train{number}"
+    history = pretrain(run, method, batches, views.rows.each, adamw(method, config), watch, name)
+    rates = throughput(run, method, batches) if number == 0 else {}
+    method.eval()
+    return Member(method, history, before), rates
+
+
+def make_network(config: TauConfig, train: Images, number: int = 0) -> PretrainingNetwork:
+    """The network by the options, for images such as these, with the random weights of a member."""
+    channels, pixels = train.pixels.shape[1], train.pixels.shape[2]
+    dim = config.dim + (config.method in UNCERTAIN)
+    with seeded(config.seed, NETWORK, number):
+        encoder = image_encoder(config.network, channels, pixels, config.norm, config.width)
+        if config.dropout:
+            with_dropout(encoder.network, config.dropout)
+        if config.method == "supervised":
+            return PretrainingNetwork(encoder, nn.Linear(encoder.size, int(train.label.max()) + 1))
+        return PretrainingNetwork(encoder, projection_head(encoder.size, config.hidden, dim, config.norm))
+
+
+def watched(network: PretrainingNetwork, config: TauConfig, pair: tuple[Tensor, ...], held_out: Images) -> Record:
+    """Of held-out images: the share whose other view is found, or that are classified rightly; and their temperatures."""
+    first, second = (torch.cat([network(part)[1] for part in view.split(CHUNK)]).float().cpu() for view in pair)
+    if config.method == "supervised":
+        return {"held_out_accuracy": float((first.argmax(1).numpy() == held_out.label).mean())}
+    dim = config.dim
+    record = {"own_view_found": own_view_found(first[:, :dim], second[:, :dim])}
+    if config.method in ("tau", "tau-moco"):
+        tau = temperature(first[:, -1], config.temperature)
+        low, middle, high = torch.quantile(tau, torch.tensor([0.05, 0.5, 0.95])).tolist()
+        record |= {"tau_5": low, "tau_50": middle, "tau_95": high}
+    return record
+
+
+def evaluate(config: TauConfig, run: Run, members: Sequence[Member], train: Images, test: Images) -> dict[str, Any]:
+    """Everything that is asked of the trained networks, JSON-able; pictures of images go into the run's folder."""
+    first, probed = members[0], train.first(config.probe_images or len(train.label))
+    networks = [member.method.network for member in members]
+    training = [encode(network, probed, run.device) for network in networks]
+    encoded = encode(networks[0], test, run.device)
+    blank = make_network(config, train).to(run.device)
+    random = tuple(encode(blank, one, run.device) for one in (probed, test))
+    known = {
+        name: worth(*(_mean_only(one, config) for one in pair), config.seed, config.papers_probe)
+        for name, pair in {"worth": (training[0], encoded), "random_features": random}.items()
+    }
+    others, notes = other_sets(config, test)
+    inside = uncertainties(networks, training, test, config, run.device)
+    outside = {
+        name: uncertainties(networks, training, images, config, run.device, test=encoded)
+        for name, images in others.items()
+    }
+    if config.method == "supervised":
+        found = odin(networks[0], {config.dataset: test, **others}, run.device)
+        for name, scores in {config.dataset: inside, **outside}.items():
+            scores |= {"ODIN": found[name]} if found else {}
+    own = [name for name in inside if name not in ("kNN", "1/feature-norm")] or ["kNN"]
+    shown = {name: inside[name] for name in own}
+    words = CLASSES.get(config.dataset)
+    certainty_grid(config.output / "certainty.png", picture_of(test), test.label, shown, words)
+    return {
+        "method": config.method,
+        **known,
+        "held_out": {"before": first.before, "after": first.history.records[-1]},
+        "ood": ood_tables(inside, outside, config.seed, notes),
+        "not_read": {name: why for name, why in notes.items() if name not in others},
+        "scores": {name: _five_numbers(score) for name, score in inside.items()},
+        "seconds_of_training": [round(member.history.seconds, 1) for member in members],
+        "parameters": sum(p.numel() for p in networks[0].encoder.parameters()),
+    }
+
+
+def _mean_only(one: Encoded, config: TauConfig) -> Encoded:
+    return Encoded(one.feature, means(one.projection, config), one.label)
+
+
+def _five_numbers(score: np.ndarray) -> list[float]:
+    return [float(value) for value in np.quantile(score, (0.0, 0.25, 0.5, 0.75, 1.0))]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The recipe as a command."""
+    running.main("tau", TauConfig, PRESETS, run, __doc__, "--batch-size", arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The post-hoc variant of the recipe `tau`: the library's temperature head on a frozen pretrained network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from ..adapters.backbone import Backbone, build_backbone
+from ..adapters.errors import BackboneError
+from ..adapters.features import Features
+from ..adapters.heads.temperature import TemperatureHead
+from ..adapters.model import wrap
+from ..adapters.scoring import score
+from ..adapters.weights import load_strictly, read_checkpoint
+from ..eval.baselines import LOGIT_SCORES, inverse_norm, knn
+from ..eval.datasets import default_data_dir, open_named
+from .cifar10h_networks import cifar_backbone
+from .pretraining_evaluation import Chosen, certainty_grid, ood_tables, other_sources, shaped_like, spread_over
+from .running import Run, seeded
+from .small_image_networks import DEPTHS
+from .tau_report import draw_ood, ood_lines
+from .tau_scores import NEIGHBOURS
+from .view_batches import Images
+
+if TYPE_CHECKING:
+    from .tau import TauConfig
+
+SIDE = 64
+"""Pixels of an image in the grid."""
+
+
+class Known(NamedTuple):
+    """A network by a short name: timm's name, whether timm has its weights, and whether its embedding is told by no classes."""
+
+    timm: str
+    fetched: bool
+    pooled: bool
+
+
+KNOWN = {
+    "resnet50": Known("resnet50.tv_in1k", True, False),
+    "simclr": Known("resnet50", False, True),
+    "byol": Known("resnet50", False, True),
+    "clip": Known("vit_base_patch32_clip_224.openai", True, True),
+}
+
+
+def frozen_backbone(config: TauConfig) -> Backbone:
+    """The frozen network by the options, with its OWN preprocessing and pooled embedding.
+
+    Raises BackboneError for a name that there is not, and weights that are not there or do not fit.
+    """
+    name = str(config.backbone)
+    if name in DEPTHS:
+        return cifar_backbone(name, config.checkpoint, config.data_dir, config.random_weights, config.seed)
+    known = KNOWN.get(name, Known(name, True, False))
+    stored = Path(config.data_dir or default_data_dir()).expanduser() / f"{known.timm}.safetensors"
+    checkpoint = config.checkpoint
+    if checkpoint is None and not config.random_weights and stored.is_file():
+        checkpoint = stored
+    if not known.fetched and checkpoint is None and not config.random_weights:
+        raise BackboneError(
+            f"--backbone {name}: no package fetches its weights; give them with --checkpoint FILE (a ResNet-50, names as in "
+            "torchvision or timm, under any prefix), or --random-weights to try the run"
+        )
+    fetch = checkpoint is None and not config.random_weights
+    with seeded(config.seed):
+        if not known.pooled:
+            return build_backbone(known.timm, pretrained=fetch, checkpoint=checkpoint)
+        try:
+            module = timm.create_model(known.timm, pretrained=fetch, num_classes=0)
+        except Exception as error:  # timm and huggingface_hub raise many kinds
+            raise BackboneError(
+                f"--backbone {name} ({known.timm}) could not be fetched ({type(error).__name__}: {error}); give its weights "
+                "with --checkpoint FILE"
+            ) from error
+    if checkpoint is not None:
+        load_strictly(module, encoder_weights(read_checkpoint(checkpoint), module, checkpoint), checkpoint, known.timm)
+    return build_backbone(module)
+
+
+def encoder_weights(state: Mapping[str, Tensor], module: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Those of a pretraining's weights that are the network's own: under one prefix, beside projections and the like.
+
+    Of a trained network and one that trails it (target, momentum, key) the trained one is taken. Raises BackboneError where no
+    prefix has all names, or several do.
+    """
+    names = [name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
+    prefixes = {key.removesuffix(names[0]) for key in state if key.endswith(names[0])}
+    whole = sorted(prefix for prefix in prefixes if all(prefix + name in state for name in names))
+    trained = [prefix for prefix in whole if not any(word in prefix for word in ("target", "momentum", "_k.", "ema"))]
+    if len(trained) != 1:
+        found = ", ".join(repr(prefix) for prefix in trained or whole) or "none"
+        raise BackboneError(
+            f"--checkpoint {path}: expected all {len(names)} weights of {type(module).__name__} under one prefix; prefixes that "
+            f"have them: {found}. Save the network's own state_dict"
+        )
+    return {name: state[trained[0] + name] for name in names}
+
+
+def run_posthoc(config: TauConfig, run: Run) -> None:
+    """Fit the head on features of training images, score test images and all other sets, and report."""
+    source = open_named(config.dataset, "train", config.data_dir)
+    rows = np.arange(len(source))[: config.train_images]
+    train = Chosen(source, rows)
+    whole = open_named(config.dataset, "test", config.data_dir)
+    test = Chosen(whole, spread_over(np.arange(len(whole)), config.test_images or len(whole)))
+    backbone = frozen_backbone(config).to(run.device)
+    run.stands_on(train.fingerprint(), test.fingerprint(), backbone.fingerprint())
+    others, notes = other_sources(config.dataset, config.data_dir, config.ood_images)
+    # as released: one linear layer and t as given; else the library's head, which chooses t by blur
+    options = {"base_temperature": config.temperature, "depth": 0} if config.reference else {}
+    model = wrap(backbone, "temperature", **options)
+    model.fit(
+        train,
+        positives=config.positives,
+        views=config.views,
+        seed=config.seed,
+        cache_dir=config.cache_dir,
+        output_dir=config.output / "head",
+    )
+    head = model.heads["temperature"]
+    assert isinstance(head, TemperatureHead)
+    features = {
+        name: backbone.extract(one, cache_dir=config.cache_dir)
+        for name, one in {"train": train, config.dataset: test, **others}.items()
+    }
+    training = features.pop("train")
+    scores = {name: uncertainties(head, one, training, run.device) for name, one in features.items()}
+    inside = scores.pop(config.dataset)
+    results = run.launch.on_main(
+        lambda: {
+            "method": f"head on {config.backbone}",
+            "positives": config.positives,
+            "backbone": {
+                key: backbone.describe()[key] for key in ("name", "weights", "embedding_dim", "preprocessing")
+            },
+            "fit": model.report["temperature"],
+            "ood": ood_tables(inside, scores, config.seed, notes),
+            "not_read": {name: why for name, why in notes.items() if name not in others},
+        }
+    )
+    if run.launch.is_main:
+        model.save_pretrained(config.output / "adapter")
+        small = Images(torch.empty(0, 3, SIDE, SIDE, dtype=torch.uint8), np.empty(0))
+
+        def picture(row: int) -> np.ndarray:
+            return shaped_like(Chosen(test, np.array([row])), small).pixels[0].permute(1, 2, 0).numpy()
+
+        own = {name: inside[name] for name in ("tau", "-r^2, as released")}
+        label = np.arange(len(test)) if features[config.dataset].label is None else features[config.dataset].label
+        certainty_grid(config.output / "certainty.png", picture, label, own)
+        draw_ood(config.output, results["ood"])
+        print("\n".join(ood_lines(results["ood"])))
+    run.finish(results)
+
+
+@torch.no_grad()
+def uncertainties(
+    head: TemperatureHead, features: Features, training: Features, device: torch.device
+) -> dict[str, np.ndarray]:
+    """Scores float32 [N], higher = less certain: the head's, the released one, and what costs no training."""
+    every = np.arange(len(features))
+    embedding = torch.from_numpy(np.array(features.embedding, dtype=np.float32)).to(device)
+    scores = {
+        "kNN": knn(features.embedding, training.embedding, k=NEIGHBOURS),
+        "1/feature-norm": inverse_norm(features.embedding),
+        "tau": score(head, features, every, device)[0].numpy(),
+        "-r^2, as released": -head.raw(embedding).square().cpu().numpy(),
+    }
+    if features.logits is not None:
+        scores |= {name: one(features.logits) for name, one in LOGIT_SCORES.items()}
+    return scores

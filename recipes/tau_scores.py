@@ -1,0 +1,119 @@
+"""How uncertain the networks of the recipe `tau` are of images: every method's score, higher = less certain."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision import transforms
+
+from ..adapters.backbone import build_backbone
+from ..adapters.losses.tau import temperature
+from ..adapters.training_loop import step_generator
+from ..eval.baselines import LOGIT_SCORES, inverse_norm, knn
+from ..eval.live_detectors import live_scores
+from ..eval.search import as_unit, neighbours
+from .pretraining_evaluation import Encoded, align, encode
+from .pretraining_networks import PretrainingNetwork
+from .tau_methods import UNCERTAIN, dropping, posterior
+from .view_batches import Images
+
+if TYPE_CHECKING:
+    from .tau import TauConfig
+
+NEIGHBOURS = 10
+PASSES = 602  # a stream of random numbers
+
+
+def means(projection: np.ndarray, config: TauConfig) -> np.ndarray:
+    """Projections [N, D] without the number that says how uncertain they are."""
+    return projection[:, : config.dim] if config.method in UNCERTAIN else projection
+
+
+def uncertainties(
+    networks: Sequence[PretrainingNetwork],
+    training: Sequence[Encoded],
+    images: Images,
+    config: TauConfig,
+    device: torch.device,
+    test: Encoded | None = None,
+) -> dict[str, np.ndarray]:
+    """Scores float32 [N] of images by name, from one network or the members of an ensemble.
+
+    Args:
+        training: what each network made of training images, which neighbours are looked for among.
+        test: the set's own test images, for the neighbours as released; None: the images are those.
+    """
+    found = [encode(network, images, device) for network in networks]
+    first = means(found[0].projection, config)
+    scores = {
+        "kNN": knn(first, means(training[0].projection, config), k=NEIGHBOURS),
+        "1/feature-norm": inverse_norm(found[0].feature),
+    }
+    if config.reference:
+        own = test is None
+        scores["kNN, as released"] = papers_neighbours(first, first if own else means(test.projection, config), own)
+    last = torch.from_numpy(found[0].projection)[:, -1]
+    if config.method in ("tau", "tau-moco"):
+        scores["tau"] = temperature(last, config.temperature).numpy()
+        scores["-r^2, as released"] = -last.square().numpy()
+    if config.method == "hib":
+        scores["std"] = posterior(torch.from_numpy(found[0].projection)).stddev[:, 0].contiguous().numpy()
+    if config.method == "supervised":
+        scores.update({name: score(found[0].projection) for name, score in LOGIT_SCORES.items()})
+    if config.dropout:
+        scores["MC dropout"] = spread(stochastic(networks[0], images, config, device))
+    if len(networks) > 1:
+        plain = [as_unit(means(one.projection, config)) for one in found]
+        banks = [means(one.projection, config) for one in training]
+        turned = [rows @ align(bank, banks[0]) for rows, bank in zip(plain, banks, strict=True)]
+        scores["ensemble"] = spread(turned)
+        scores["ensemble, not aligned, as released"] = spread(plain)
+    return scores
+
+
+def stochastic(
+    network: PretrainingNetwork, images: Images, config: TauConfig, device: torch.device
+) -> list[np.ndarray]:
+    """Unit projections [N, D] of several passes with dropout."""
+    found = []
+    for number in range(config.passes):
+        with dropping(network, [step_generator(config.seed, PASSES, number)]):
+            found.append(as_unit(means(encode(network, images, device).projection, config)))
+    return found
+
+
+def spread(projections: Sequence[np.ndarray]) -> np.ndarray:
+    """Standard deviation over passes or members (unbiased), mean over dimensions: [K] of [N, D] -> float32 [N]."""
+    return np.stack(projections).std(0, ddof=1).mean(1).astype(np.float32)
+
+
+def papers_neighbours(projection: np.ndarray, test: np.ndarray, own: bool) -> np.ndarray:
+    """Mean distance of unit projections [N, D] to their nearest among the set's own TEST images [M, D], float32 [N].
+
+    As released: the images that are scored are the reference, each without itself (`own`). No training image takes part.
+    """
+    rows, bank = as_unit(projection), as_unit(test)
+    near = neighbours(rows, bank, NEIGHBOURS, own=np.arange(len(rows)) if own else None)
+    apart = np.linalg.norm(rows[:, None] - bank[near], axis=2)
+    return apart.mean(1).astype(np.float32)
+
+
+def odin(network: PretrainingNetwork, sets: Mapping[str, Images], device: torch.device) -> dict[str, np.ndarray]:
+    """ODIN of each set of images, float32 [N], on the network itself (`eval.live_detectors`); the network stays as it is."""
+    grey = next(iter(sets.values())).pixels.shape[1] == 1
+    prepare = transforms.Compose([*([transforms.Grayscale()] if grey else []), transforms.ToTensor()])
+    module = nn.Sequential(network.encoder, network.projection)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    backbone = build_backbone(module, transform=prepare, device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        arrays = [(one.pixels.permute(0, 2, 3, 1).squeeze(3).contiguous().numpy(), one.label) for one in sets.values()]
+        features = [backbone.extract(one, cache_dir=folder, progress=False) for one in arrays]
+        scores, left_out = live_scores(backbone, features, ["odin"], progress=False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return {} if left_out else {name: one["ODIN"] for name, one in zip(sets, scores, strict=True)}
