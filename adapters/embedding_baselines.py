@@ -204,8 +204,11 @@ class _RandomStart(EmbeddingData):
             return nn.Sequential(SharedDropout(dropout), nn.Linear(self.inputs.shape[1], self.dim))
 
 
-class _Gaussian(nn.Module):
-    """A Gaussian about the unit embedding, with a variance of its own for each dimension and image."""
+class GaussianEmbedding(nn.Module):
+    """A Gaussian about the unit embedding, with a variance of its own for each dimension and image: what PFE and HIB answer.
+
+    `network` embeds inputs [B, d_in]; `start` makes `variance`, a small perceptron on the same inputs of `width` hidden units.
+    """
 
     network: nn.Module
     variance: nn.Module
@@ -214,11 +217,12 @@ class _Gaussian(nn.Module):
         super().__init__()
         self.samples, self.width = samples, width
 
-    def _variances(self, data: EmbeddingData) -> None:
+    def start(self, inputs: int, dim: int, seed: int) -> None:
+        """Variances before training: the same for every image."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(data.options.seed)
-            last = nn.Linear(self.width, data.dim)
-            self.variance = nn.Sequential(nn.Linear(data.inputs.shape[1], self.width), nn.ReLU(), last)
+            torch.manual_seed(seed)
+            last = nn.Linear(self.width, dim)
+            self.variance = nn.Sequential(nn.Linear(inputs, self.width), nn.ReLU(), last)
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, -5.0)  # a length of unit order has a variance of 1 / D a dimension
 
@@ -237,13 +241,13 @@ class _Gaussian(nn.Module):
         return replace(drawn, mean_direction=mean, spread=spread, uncertainty=spread.square().sum(-1))
 
 
-class ProbabilisticFace(_Gaussian):
+class ProbabilisticFace(GaussianEmbedding):
     """PFE: variances trained on a fixed embedding, to make positive pairs likely (`losses.pfe`). Shi & Jain 2019."""
 
     def fit(self, data: EmbeddingData) -> dict[str, Any]:
         self.network, base = data.train_network("pfe-mean")
         self.network.requires_grad_(False)
-        self._variances(data)
+        self.start(data.inputs.shape[1], data.dim, data.options.seed)
         table = FeatureTable(data.inputs)
         step = _PairStep(self, LabelPairs(table, data.label, data.train), LabelPairs(table, data.label, data.held_out))
         return {"base": base} | train_metric(
@@ -254,12 +258,12 @@ class ProbabilisticFace(_Gaussian):
         return MutualLikelihood()(*self.posterior(anchor), *self.posterior(positive))
 
 
-class HedgedInstance(_Gaussian):
+class HedgedInstance(GaussianEmbedding):
     """HIB: mean and variances trained together by the chance of a match (`losses.hedged_gaussian`). Oh et al. 2019."""
 
     def fit(self, data: EmbeddingData) -> dict[str, Any]:
         self.network = data.network()
-        self._variances(data)
+        self.start(data.inputs.shape[1], data.dim, data.options.seed)
         self.loss = HedgedGaussian(squared=True, normalized=True, reading="mean-log", kl_weight=1e-6)
         table = FeatureTable(data.inputs)
         step = _PairStep(self, LabelPairs(table, data.label, data.train), LabelPairs(table, data.label, data.held_out))

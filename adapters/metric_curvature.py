@@ -123,10 +123,12 @@ def pair_diagonal(
     normalized: bool = True,
     cross: bool = True,
     eps: float = 0.0,
+    reference: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `hessian_diagonal`, of weighted pairs of the rows of x [N, d_in]: float64 [D, d_in] and [D].
 
-    Computed in float64, as neighbours' own and cross terms nearly cancel.
+    Computed in float64, as neighbours' own and cross terms nearly cancel. `reference`: the cross term of "arccos" as in the
+    paper's code, subtracted although its sign is in it already.
     """
     check_curvature("pair_diagonal", loss)
     _check_layer(x, weight, bias)
@@ -148,14 +150,15 @@ def pair_diagonal(
         own = (cosine + 2.0 * u * partners - 3.0 * cosine * u * u) * inverse.square()
     of_weight, of_bias = (own.T @ x.square()).double(), own.double().sum(0)
     if cross:
+        twice = -2.0 if reference and loss == "arccos" else 2.0
         step = chunk_rows(len(weight) + x.shape[1])
         for start in range(0, len(pairs), step):
             i, j, w = (field[start : start + step] for field in (pairs.first, pairs.second, pairs.weight))
             ui, uj, vi, vj = u[i], u[j], v[i], v[j]
             c = (ui * uj).sum(-1, keepdim=True)
             both = (ui * vi + uj * vj - c * vi * vj - 1.0) * (inverse[i] * inverse[j] * w.to(x)[:, None])
-            of_weight += 2.0 * (both.T @ (x[i] * x[j])).double()
-            of_bias += 2.0 * both.double().sum(0)
+            of_weight += twice * (both.T @ (x[i] * x[j])).double()
+            of_bias += twice * both.double().sum(0)
     return of_weight, of_bias
 
 

@@ -26,7 +26,7 @@ from .metric_curvature import (
 )
 from .metric_predictive import MetricEmbedding, direction_moments, summarise
 from .mining import check_miner
-from .positives import label_masks, place_masks
+from .positives import target_masks
 
 if TYPE_CHECKING:
     from .laplace_rows import RowArray
@@ -55,6 +55,7 @@ class MetricPosterior(nn.Module):
             pass, as the paper's post-hoc code. "all": N^2 times the mean over triplets, as its online code.
         max_triplets: of a batch, a random subset; None: all of them, which costs no more.
         prior_precision: of the zero-mean prior; `choose_prior` and `optimize_prior_precision` set it.
+        reference: the cross term of "arccos" with the sign of the paper's code, which is wrong.
 
     All state lies in buffers: `weight` [D, d_in], `bias` [D], `curvature_weight`, `curvature_bias` (before clamping),
     `prior_precision`.
@@ -78,6 +79,7 @@ class MetricPosterior(nn.Module):
         pair_count: str = "images",
         max_triplets: int | None = None,
         prior_precision: float = 1.0,
+        reference: bool = False,
     ) -> None:
         super().__init__()
         check_curvature("MetricPosterior", loss, approximation)
@@ -88,7 +90,7 @@ class MetricPosterior(nn.Module):
         if outputs < 2:
             raise OptionError(f"MetricPosterior: a direction needs at least 2 dimensions; outputs={outputs} was given")
         self.loss, self.approximation, self.margin, self.miner = loss, approximation, margin, miner
-        self.pair_count, self.max_triplets = pair_count, max_triplets
+        self.pair_count, self.max_triplets, self.reference = pair_count, max_triplets, reference
         self.register_buffer("weight", torch.zeros(outputs, inputs))
         self.register_buffer("bias", torch.zeros(outputs))
         self.register_buffer("curvature_weight", torch.zeros(outputs, inputs))
@@ -177,15 +179,15 @@ class MetricPosterior(nn.Module):
         x: [n, d_in]; target: labels int [n] or positions [n, K]; weight, bias: other than the posterior's mean.
         """
         weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
-        masks = label_masks(target) if target.ndim == 1 else place_masks(target)
-        positive, negative = (mask.to(x.device) for mask in masks)
+        positive, negative = (mask.to(x.device) for mask in target_masks(target))
         z = functional.linear(x, weight, bias)
         counts = mine_counts(z, positive, negative, self.margin, self.miner, self.max_triplets, generator)
         triplets = float(counts.positive.sum())
         if self.pair_count == "images":
             counts = counts.mean_per_anchor()
         pairs, cross = dense_pairs(counts.positive, counts.negative, self.approximation)
-        return *pair_diagonal(x, weight, bias, pairs, loss=self.loss, cross=cross), triplets
+        found = pair_diagonal(x, weight, bias, pairs, loss=self.loss, cross=cross, reference=self.reference)
+        return *found, triplets
 
     @torch.no_grad()
     def remember(self, of_weight: Tensor, of_bias: Tensor, memory: float) -> None:

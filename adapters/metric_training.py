@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .distributed import check_launch
 from .errors import DataError
+from .gathering import sum_over_launch
 from .losses.contrastive_metric import ContrastiveMetric
 from .metric_laplace import MetricPosterior
+from .positives import target_masks
 from .training import TrainOptions, TrainResult, epochs_for, step_generator, train
 
 if TYPE_CHECKING:
@@ -21,14 +24,59 @@ if TYPE_CHECKING:
 STEPS = 1500
 
 
-class MetricStep(nn.Module):
-    """Contrastive loss of one batch of rows under a network that embeds their inputs (`inputs`: rows [n] -> [n, d_in]).
+class MetricObjective(nn.Module):
+    """Contrastive loss of a batch of inputs [n, d_in] under a network that embeds them; targets are labels [n] or positions.
 
     With `posterior` the network is its linear layer, trained as the paper's online code does: each step draws weights from
-    N(theta, 1 / (max(H, 0) + 1)), takes the loss under them, and lets the curvature of the same batch at the drawn
-    weights run into H (`MetricPosterior.remember`). With `pair_count="images"` a step's curvature is that of all rows times
-    1 - memory, so that H settles at the rows' curvature instead of 1 / (1 - memory) times as much.
+    N(theta, 1 / (max(H, 0) + precision)), takes the loss under them, and lets the curvature of the same batch at the drawn
+    weights run into H (`MetricPosterior.remember`). With `pair_count="images"` a step's curvature is that of all `rows` times
+    1 - memory, so that H settles at the rows' curvature instead of 1 / (1 - memory) times as much. Processes that hold
+    different inputs take the mean of their curvatures. precision: of the prior while it trains, 1 in the paper's code.
     """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: ContrastiveMetric,
+        posterior: MetricPosterior | None = None,
+        memory: float = 0.999,
+        rows: int = 0,
+        precision: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.network, self.loss, self.posterior, self.memory, self.rows = network, loss, posterior, memory, rows
+        self.precision = precision
+
+    def of_inputs(self, x: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        """Scalar loss."""
+        if self.posterior is None or not self.training:
+            return self._loss(self.network(x), target)
+        assert isinstance(self.network, nn.Linear)
+        noise = self.posterior.noise(1, generator)[0].split([self.network.weight.numel(), self.network.bias.numel()])
+        of_weight, of_bias = self.posterior.scale(self.precision)
+        weight = self.network.weight + noise[0].view_as(of_weight) * of_weight
+        bias = self.network.bias + noise[1] * of_bias
+        self._remember(x.detach(), target, weight.detach(), bias.detach(), generator)
+        return self._loss(functional.linear(x, weight, bias), target)
+
+    def _loss(self, embedding: Tensor, target: Tensor) -> Tensor:
+        positive, negative = target_masks(target)
+        return self.loss(embedding, positive=positive, negative=negative)
+
+    @torch.no_grad()
+    def _remember(self, x: Tensor, target: Tensor, weight: Tensor, bias: Tensor, generator: torch.Generator) -> None:
+        assert self.posterior is not None
+        of_weight, of_bias, triplets = self.posterior.batch_curvature(x, target, weight, bias, generator)
+        factor = self.posterior.count_factor(triplets, self.rows)
+        if self.posterior.pair_count == "images":
+            factor = self.rows / len(x) * (1.0 - self.memory)
+        factor /= check_launch().world
+        both = sum_over_launch([of_weight * factor, of_bias * factor])
+        self.posterior.remember(both[0], both[1], self.memory)
+
+
+class MetricStep(MetricObjective):
+    """The same of a batch of rows, whose inputs are looked up (`inputs`: rows [n] -> [n, d_in]), as are their labels."""
 
     def __init__(
         self,
@@ -40,30 +88,11 @@ class MetricStep(nn.Module):
         memory: float = 0.999,
         rows: int = 0,
     ) -> None:
-        super().__init__()
-        self.network, self.loss, self.posterior, self.memory, self.rows = network, loss, posterior, memory, rows
+        super().__init__(network, loss, posterior, memory, rows)
         self.inputs, self.label = inputs, label
 
     def forward(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        x, label = self.inputs(rows), self.label[rows.to(self.label.device)]
-        if self.posterior is None or not self.training:
-            return self.loss(self.network(x), label)
-        assert isinstance(self.network, nn.Linear)
-        noise = self.posterior.noise(1, generator)[0].split([self.network.weight.numel(), self.network.bias.numel()])
-        of_weight, of_bias = self.posterior.scale(1.0)
-        weight = self.network.weight + noise[0].view_as(of_weight) * of_weight
-        bias = self.network.bias + noise[1] * of_bias
-        self._remember(x, label, weight.detach(), bias.detach(), generator)
-        return self.loss(functional.linear(x, weight, bias), label)
-
-    @torch.no_grad()
-    def _remember(self, x: Tensor, label: Tensor, weight: Tensor, bias: Tensor, generator: torch.Generator) -> None:
-        assert self.posterior is not None
-        of_weight, of_bias, triplets = self.posterior.batch_curvature(x, label, weight, bias, generator)
-        factor = self.posterior.count_factor(triplets, self.rows)
-        if self.posterior.pair_count == "images":
-            factor = self.rows / len(x) * (1.0 - self.memory)
-        self.posterior.remember(of_weight * factor, of_bias * factor, self.memory)
+        return self.of_inputs(self.inputs(rows), self.label[rows.to(self.label.device)], generator)
 
 
 def start_online(

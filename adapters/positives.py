@@ -64,6 +64,11 @@ def place_masks(position: Tensor, near: float = 10.0, far: float = 25.0) -> tupl
     return (distance < near).fill_diagonal_(False), distance > far
 
 
+def target_masks(target: Tensor) -> tuple[Tensor, Tensor]:
+    """`label_masks` of labels [N], `place_masks` of positions [N, K]."""
+    return label_masks(target) if target.ndim == 1 else place_masks(target)
+
+
 class FeatureTable:
     """Rows of a stored array as tensors: held in memory when it is small, read from the memory map when it is not."""
 

@@ -1,0 +1,155 @@
+"""Networks of the recipe `lam`: the paper's two small ones, a timm network with generalised-mean pooling, a linear head.
+
+Dropout is by masks that are drawn outside: a step draws one for each image, an answer one for all images, which is one draw
+of the network's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.errors import BackboneError
+from ..adapters.timm_backbone import create_timm
+
+SMALL = ("pooled", "wide")
+
+
+class ChannelDropout(nn.Module):
+    """Dropout of whole channels; `mask` [B, C], or [1, C] for all images, None: nothing is dropped."""
+
+    mask: Tensor | None = None
+
+    def __init__(self, channels: int, rate: float) -> None:
+        super().__init__()
+        self.channels, self.rate = channels, rate
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """[count, C] of 0 and 1 / (1 - rate)."""
+        return (torch.rand(count, self.channels, generator=generator) >= self.rate).float() / (1.0 - self.rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.mask is None else x * self.mask.to(x)[:, :, None, None]
+
+
+class GeneralisedMean(nn.Module):
+    """Pooling by the mean of p-th powers, p trained: maps [B, C, H, W] -> [B, C] (Radenovic et al., TPAMI 2019)."""
+
+    def __init__(self, power: float = 3.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.power, self.eps = nn.Parameter(torch.tensor(power)), eps
+
+    def forward(self, maps: Tensor) -> Tensor:
+        with torch.autocast(maps.device.type, enabled=False):  # a third power leaves float16
+            return maps.float().clamp(min=self.eps).pow(self.power).mean((-2, -1)).pow(1.0 / self.power)
+
+
+class TimmTrunk(nn.Module):
+    """A convolutional timm network before its classifier, with generalised-mean pooling: images -> [B, C].
+
+    BatchNorm keeps its statistics and trains its scale alone: features are an image's own, and processes need no common
+    statistics.
+    """
+
+    def __init__(self, module: nn.Module, rate: float) -> None:
+        super().__init__()
+        self.module = module
+        for name in ("fc", "classifier", "head"):  # not used, and an unused weight has no gradient
+            if hasattr(module, name):
+                setattr(module, name, nn.Identity())
+        with torch.no_grad():
+            maps = self._maps(torch.zeros(1, 3, 64, 64))
+        if maps.ndim != 4:
+            raise BackboneError(
+                f"--network: maps [B, C, H, W] are expected before the classifier, these are {list(maps.shape)}: "
+                "give a convolutional network of timm"
+            )
+        self.dropout, self.pool = ChannelDropout(maps.shape[1], rate), GeneralisedMean()
+
+    def _maps(self, images: Tensor) -> Tensor:
+        return (
+            self.module.eval().forward_features(images) if not self.training else self.module.forward_features(images)
+        )
+
+    def train(self, mode: bool = True) -> TimmTrunk:
+        super().train(mode)
+        for part in self.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.pool(self.dropout(self._maps(images)))
+
+
+def pooled(channels: int, rate: float) -> nn.Sequential:
+    """The paper's for CIFAR-10: three convolutions, two poolings; 1024 features of 32 px, 576 of 28."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 32, 3), nn.ReLU(), nn.MaxPool2d(2), ChannelDropout(32, rate)),
+        *(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), ChannelDropout(64, rate)),
+        *(nn.Conv2d(64, 64, 3), nn.ReLU(), ChannelDropout(64, rate), nn.Flatten()),
+    )
+
+
+def wide(channels: int, rate: float) -> nn.Sequential:
+    """The paper's for FashionMNIST: two convolutions, one pooling; 9216 features of 28 px."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU()),
+        *(ChannelDropout(64, rate), nn.MaxPool2d(2), nn.Flatten()),
+    )
+
+
+class EmbeddingNetwork(nn.Module):
+    """Images [B, C, H, W] -> embeddings [B, D] of any length: `trunk` gives features, `head`, a linear layer, embeds them."""
+
+    def __init__(self, trunk: nn.Module, size: tuple[int, int, int], dim: int) -> None:
+        super().__init__()
+        with torch.no_grad():
+            features = trunk.eval()(torch.zeros(1, *size)).shape[1]
+        self.trunk, self.head = trunk, nn.Linear(features, dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.trunk(images).float())
+
+    def dropouts(self) -> Iterator[ChannelDropout]:
+        return (part for part in self.modules() if isinstance(part, ChannelDropout))
+
+    def mask(self, count: int, generators: Sequence[torch.Generator]) -> None:
+        """Draw each dropout's masks: `count` from each of the generators, in their order."""
+        for part in self.dropouts():
+            part.mask = torch.cat([part.draw(count, one) for one in generators]) if part.rate else None
+
+    def unmask(self) -> None:
+        for part in self.dropouts():
+            part.mask = None
+
+
+def make_network(
+    name: str,
+    size: tuple[int, int, int],
+    dim: int,
+    *,
+    rate: float = 0.0,
+    pretrained: bool = False,
+    checkpoint: Path | None = None,
+) -> EmbeddingNetwork:
+    """A fresh network for images of `size` (C, H, W) by one of the names of `SMALL`, or a name of timm.
+
+    Raises BackboneError for a name that is neither, weights that are not there or do not fit, and images too small.
+    """
+    if name in SMALL and (pretrained or checkpoint is not None):
+        raise BackboneError(
+            f"--network {name} has no weights of its own: give --pretrained or --checkpoint a timm network"
+        )
+    channels = size[0]
+    try:
+        if name in SMALL:
+            trunk: nn.Module = pooled(channels, rate) if name == "pooled" else wide(channels, rate)
+        else:
+            trunk = TimmTrunk(create_timm(name, pretrained, checkpoint), rate)
+        return EmbeddingNetwork(trunk, size, dim)
+    except RuntimeError as error:
+        raise BackboneError(f"--network {name} does not take images of {size}: {str(error).splitlines()[0]}") from error
