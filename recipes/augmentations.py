@@ -173,7 +173,9 @@ def augment(images: Tensor, done: Parameters, size: tuple[int, int] | None = Non
         views = torch.where(done.gray.to(views.device)[:, None, None, None], luma(views), views)
     rows = torch.nonzero(done.sigma)[:, 0]
     if len(rows):
-        down, across = (_gaussians(done.sigma[rows], pixels).to(views) for pixels in views.shape[2:])
+        height, width = views.shape[2:]
+        down = _gaussians(done.sigma[rows], height).to(views)
+        across = down if width == height else _gaussians(done.sigma[rows], width).to(views)
         rows = rows.to(views.device)
         views[rows] = down[:, None] @ views[rows] @ across.mT[:, None]
     return views
@@ -236,14 +238,15 @@ def _tents(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
 
 def _gaussians(sigma: Tensor, pixels: int) -> Tensor:
     """Weights [B, pixels, pixels] of a line's pixels in each blurred one; what lies beyond an end is the mirrored line."""
-    place = torch.arange(pixels)
-    weight = torch.zeros(len(sigma), pixels, pixels)
-    reach = min(math.ceil(REACH * float(sigma.max())), pixels - 1)
-    for step in range(-reach, reach + 1):
-        where = (place + step).abs()
-        where = torch.where(where > pixels - 1, 2 * (pixels - 1) - where, where)
-        share = torch.exp(-0.5 * (step / sigma) ** 2) * (abs(step) <= REACH * sigma)
-        weight[:, place, where] += share[:, None]
+    distance = torch.arange(pixels + 1)
+    share = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2) * (distance <= REACH * sigma[:, None])
+    share[:, pixels] = 0.0  # so far that nothing comes from there
+    i, j = torch.arange(pixels)[:, None], torch.arange(pixels)
+    left = torch.where(j > 0, i + j, pixels)  # from a pixel's mirror image beyond the left end; the end itself has none
+    right = torch.where(j < pixels - 1, 2 * (pixels - 1) - i - j, pixels)
+    weight = share[:, (i - j).abs()]
+    for apart in (left, right):
+        weight += share[:, apart.clamp(max=pixels)]
     return weight / weight.sum(2, keepdim=True)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,29 @@ def adamw(module: nn.Module, config: PretrainingConfig) -> torch.optim.Optimizer
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
 
 
+class Ahead:
+    """Batches that a thread makes while the network is busy with the ones before: the same ones, since each depends on its
+    step alone."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.thread = batch, ThreadPoolExecutor(1)
+        self.coming: tuple[int, Future[tuple[Any, ...]]] | None = None
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.thread.shutdown()
+
+    def __call__(self, step: int) -> tuple[Any, ...]:
+        ready = self.coming
+        if ready is None or ready[0] != step:
+            ready = step, self.thread.submit(self.batch, step)
+        found = ready[1].result()
+        self.coming = step + 1, self.thread.submit(self.batch, step + 1)
+        return found
+
+
 def pretrain(
     run: Run, module: nn.Module, batch: Batch, each: int, optimizer: torch.optim.Optimizer,
     watch: Callable[[], Record], name: str = "train",
@@ -141,17 +165,18 @@ def pretrain(
     """
     config: Any = run.config
     steps = config.epochs * each
-    plan = Plan(
-        name=name,
-        steps=steps,
-        every=config.every * each,
-        batch=batch,
-        evaluate=watch,
-        folder=run.folder,
-        signature=f"{run.signature} {name}",
-        observe=run.observe(name, steps),
-    )
-    return run_plan(module, optimizer, scheduled("cosine", optimizer, steps, config.warmup), plan)
+    with Ahead(batch) as batches:
+        plan = Plan(
+            name=name,
+            steps=steps,
+            every=config.every * each,
+            batch=batches,
+            evaluate=watch,
+            folder=run.folder,
+            signature=f"{run.signature} {name}",
+            observe=run.observe(name, steps),
+        )
+        return run_plan(module, optimizer, scheduled("cosine", optimizer, steps, config.warmup), plan)
 
 
 def throughput(run: Run, module: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -166,18 +191,19 @@ def throughput(run: Run, module: nn.Module, batch: Batch) -> dict[str, Any]:
         return {}
     state = copy.deepcopy(module.state_dict())
     still = tuple(torch.rand_like(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch(0))
-    sources: dict[str, Batch] = {"training": batch, "random_tensors": lambda _: still}
+    best = {"training": 0.0, "random_tensors": 0.0}
 
     def images_per_second(source: Batch, count: int) -> float:
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
         plan = Plan("throughput", count, count, source, dict, progress=False)
         return count * config.batch_size / run_plan(module, optimizer, None, plan).seconds
 
-    images_per_second(batch, 1)  # the first step sets up memory and kernels
-    best = dict.fromkeys(sources, 0.0)
-    for _ in range(ROUNDS):
-        for name, source in sources.items():
-            best[name] = max(best[name], images_per_second(source, steps))
+    with Ahead(batch) as batches:
+        sources: dict[str, Batch] = {"training": batches, "random_tensors": lambda _: still}
+        images_per_second(batches, 1)  # the first step sets up memory and kernels
+        for _ in range(ROUNDS):
+            for name, source in sources.items():
+                best[name] = max(best[name], images_per_second(source, steps))
     module.load_state_dict(state)
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else str(run.device)
     rounded = {f"{name}_images_per_second": round(value, 1) for name, value in best.items()}

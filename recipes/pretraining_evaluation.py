@@ -151,7 +151,7 @@ def shaped_like(source: Source, like: Images) -> Images:
 def _square(image: Image.Image, size: int) -> Tensor:
     scale = size / min(image.size)
     width, height = (max(size, round(scale * side)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = (round((side - size) / 2) for side in (width, height))
     small = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
     array = np.array(small)
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)

@@ -12,7 +12,7 @@ temperature head is fitted on a frozen pretrained network.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,6 +144,17 @@ PRESETS: dict[str, running.Preset] = {
 
 
 @dataclass
+class Judged:
+    """What networks are evaluated on: training and test images, other sets with notes, and ODIN of each set, if asked for."""
+
+    train: Images
+    test: Images
+    others: dict[str, Images]
+    notes: dict[str, str]
+    live: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
 class Member:
     """One trained network, how its training went, and what was watched of it before."""
 
@@ -166,7 +177,11 @@ def run(config: TauConfig) -> None:
         member, rates = train_member(config, run, number, train, held_out)
         members.append(member)
         measured = measured or rates
-    results = run.launch.on_main(lambda: evaluate(config, run, members, train, test))
+    judged = Judged(train, test, *other_sets(config, test))
+    if config.method == "supervised":
+        named = {config.dataset: test, **judged.others}
+        judged.live = odin(members[0].method.network, named, run.device, config.output / "features")
+    results = run.launch.on_main(lambda: evaluate(config, run, members, judged))
     results = {**results, "throughput": measured}
     if run.launch.is_main:
         draw(config.output, [member.history.records for member in members], results)
@@ -239,28 +254,26 @@ def watched(network: PretrainingNetwork, config: TauConfig, pair: tuple[Tensor, 
     return record
 
 
-def evaluate(config: TauConfig, run: Run, members: Sequence[Member], train: Images, test: Images) -> dict[str, Any]:
+def evaluate(config: TauConfig, run: Run, members: Sequence[Member], judged: Judged) -> dict[str, Any]:
     """Everything that is asked of the trained networks, JSON-able; pictures of images go into the run's folder."""
-    first, probed = members[0], train.first(config.probe_images or len(train.label))
+    first, test, notes = members[0], judged.test, judged.notes
     networks = [member.method.network for member in members]
+    probed = judged.train.first(config.probe_images or len(judged.train.label))
     training = [encode(network, probed, run.device) for network in networks]
     encoded = encode(networks[0], test, run.device)
-    blank = make_network(config, train).to(run.device)
+    blank = make_network(config, judged.train).to(run.device)
     random = tuple(encode(blank, one, run.device) for one in (probed, test))
     known = {
         name: worth(*(_mean_only(one, config) for one in pair), config.seed, config.papers_probe)
         for name, pair in {"worth": (training[0], encoded), "random_features": random}.items()
     }
-    others, notes = other_sets(config, test)
     inside = uncertainties(networks, training, test, config, run.device)
     outside = {
         name: uncertainties(networks, training, images, config, run.device, test=encoded)
-        for name, images in others.items()
+        for name, images in judged.others.items()
     }
-    if config.method == "supervised":
-        found = odin(networks[0], {config.dataset: test, **others}, run.device)
-        for name, scores in {config.dataset: inside, **outside}.items():
-            scores |= {"ODIN": found[name]} if found else {}
+    for name, score in judged.live.items():
+        (inside if name == config.dataset else outside[name])["ODIN"] = score
     own = [name for name in inside if name not in ("kNN", "1/feature-norm")] or ["kNN"]
     shown = {name: inside[name] for name in own}
     words = CLASSES.get(config.dataset)
@@ -270,7 +283,7 @@ def evaluate(config: TauConfig, run: Run, members: Sequence[Member], train: Imag
         **known,
         "held_out": {"before": first.before, "after": first.history.records[-1]},
         "ood": ood_tables(inside, outside, config.seed, notes),
-        "not_read": {name: why for name, why in notes.items() if name not in others},
+        "not_read": {name: why for name, why in notes.items() if name not in judged.others},
         "scores": {name: _five_numbers(score) for name, score in inside.items()},
         "seconds_of_training": [round(member.history.seconds, 1) for member in members],
         "parameters": sum(p.numel() for p in networks[0].encoder.parameters()),

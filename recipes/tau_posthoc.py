@@ -134,13 +134,12 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
     training = features.pop("train")
     scores = {name: uncertainties(head, one, training, run.device) for name, one in features.items()}
     inside = scores.pop(config.dataset)
+    described = backbone.describe()
     results = run.launch.on_main(
         lambda: {
             "method": f"head on {config.backbone}",
             "positives": config.positives,
-            "backbone": {
-                key: backbone.describe()[key] for key in ("name", "weights", "embedding_dim", "preprocessing")
-            },
+            "backbone": {key: described[key] for key in ("name", "weights", "embedding_dim", "preprocessing", "cost")},
             "fit": model.report["temperature"],
             "ood": ood_tables(inside, scores, config.seed, notes),
             "not_read": {name: why for name, why in notes.items() if name not in others},

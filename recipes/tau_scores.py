@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import nn
 from torchvision import transforms
 
 from ..adapters.backbone import build_backbone
+from ..adapters.errors import PosthocError
 from ..adapters.losses.tau import temperature
 from ..adapters.training_loop import step_generator
 from ..eval.baselines import LOGIT_SCORES, inverse_norm, knn
@@ -103,17 +104,19 @@ def papers_neighbours(projection: np.ndarray, test: np.ndarray, own: bool) -> np
     return apart.mean(1).astype(np.float32)
 
 
-def odin(network: PretrainingNetwork, sets: Mapping[str, Images], device: torch.device) -> dict[str, np.ndarray]:
-    """ODIN of each set of images, float32 [N], on the network itself (`eval.live_detectors`); the network stays as it is."""
+def odin(
+    network: PretrainingNetwork, sets: Mapping[str, Images], device: torch.device, store: Path
+) -> dict[str, np.ndarray]:
+    """ODIN of each set of images, float32 [N], on the network itself (`eval.live_detectors`), which stays as it is.
+
+    store: a folder for its features. Every process of a launch must call this.
+    """
     grey = next(iter(sets.values())).pixels.shape[1] == 1
     prepare = transforms.Compose([*([transforms.Grayscale()] if grey else []), transforms.ToTensor()])
-    module = nn.Sequential(network.encoder, network.projection)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    backbone = build_backbone(module, transform=prepare, device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        arrays = [(one.pixels.permute(0, 2, 3, 1).squeeze(3).contiguous().numpy(), one.label) for one in sets.values()]
-        features = [backbone.extract(one, cache_dir=folder, progress=False) for one in arrays]
-        scores, left_out = live_scores(backbone, features, ["odin"], progress=False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    return {} if left_out else {name: one["ODIN"] for name, one in zip(sets, scores, strict=True)}
+    backbone = build_backbone(nn.Sequential(network.encoder, network.projection), transform=prepare, device=device)
+    arrays = [(one.pixels.permute(0, 2, 3, 1).squeeze(3).contiguous().numpy(), one.label) for one in sets.values()]
+    features = [backbone.extract(one, cache_dir=store, progress=False) for one in arrays]
+    scores, left_out = live_scores(backbone, features, ["odin"], progress=False)
+    if left_out:
+        raise PosthocError(f"ODIN: {left_out['ODIN']}")
+    return {name: one["ODIN"] for name, one in zip(sets, scores, strict=True)}

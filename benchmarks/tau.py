@@ -1,0 +1,134 @@
+"""The recipe tau: linear evaluation, AUROCs and throughput of every method, mean and spread over seeds.
+
+    python benchmarks/tau.py methods --data DATA --output outputs/tau
+    python benchmarks/tau.py methods --data DATA --dataset fashion-mnist --output outputs/tau
+    python benchmarks/tau.py frozen --data DATA --output outputs/tau
+    python benchmarks/tau.py methods --data DATA --paper --seeds 1337 1338 1339 --output outputs/tau   (GPU)
+
+DATA is a folder of data sets as `posthoc eval ood --data-dir` takes it, with the weights of frozen networks. A run that is there
+is not computed again. Without a GPU the two parts take hours, and a run goes on where it was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from recipe_runs import carried_out
+
+from posthoc.recipes.pretraining_evaluation import auroc
+
+METHODS: dict[str, list[str]] = {
+    "TaU": [],
+    "TaU, loss as released": ["--reference"],
+    "TaU, positive in the denominator": ["--include-positive"],
+    "SimCLR": ["--method", "simclr"],
+    "TaU-MoCo": ["--method", "tau-moco"],
+    "MoCo": ["--method", "moco"],
+    "HIB": ["--method", "hib"],
+    "MC dropout": ["--preset", "mc-dropout"],
+    "ensemble": ["--preset", "ensemble"],
+    "supervised": ["--preset", "supervised"],
+    "MC dropout, supervised": ["--preset", "mc-dropout-supervised"],
+}
+FROZEN: dict[str, list[str]] = {
+    f"{name}, {positives}{', as released' if released else ''}": [
+        "--preset", preset, positives, *(["--reference"] if released else []),
+    ]
+    for name, preset in {
+        "EfficientNet-Lite0": "efficientnet-lite0", "EfficientNet-Lite1": "efficientnet-lite1",
+        "EfficientNet-Lite2": "efficientnet-lite2", "ResNet-20 (CIFAR-10)": "resnet20",
+        "ResNet-56 (CIFAR-10)": "resnet56",
+    }.items()
+    for positives in ("views", "labels")
+    for released in (False, True)
+}  # fmt: skip
+"""Heads on frozen networks by name."""
+
+
+def spread(values: Iterable[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds."""
+    numbers = np.array(list(values))
+    return f"{numbers.mean():.{digits}f}" + (f" ± {numbers.std(ddof=1):.{digits}f}" if len(numbers) > 1 else "")
+
+
+def worth_table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Methods down; what their features are worth, beside random ones, and how fast they trained."""
+    columns = list(next(iter(found.values()))[0]["worth"])
+    head = ["method", *(name.replace("_", " ") for name in columns), "linear, random features", "images/s", "share"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, runs in found.items():
+        cells = [spread((100 * run["worth"][column] for run in runs), 1) for column in columns]
+        cells.append(spread((100 * run["random_features"]["linear"] for run in runs), 1))
+        speeds = [run["throughput"] for run in runs if run["throughput"]]
+        cells += [spread((speed[key] for speed in speeds), digits) for key, digits in SPEED] if speeds else ["-", "-"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+SPEED = (("training_images_per_second", 0), ("share", 2))
+
+
+def ood_table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Every score of every method down, the other sets across: AUROC."""
+    sets = list(next(iter(found.values()))[0]["ood"])
+    lines = ["| method | score | " + " | ".join(sets) + " |", "|---" * (len(sets) + 2) + "|"]
+    for name, runs in found.items():
+        for score in runs[0]["ood"][sets[0]]["scores"] if sets else ():
+            cells = " | ".join(spread(auroc(run["ood"], one, score) for run in runs) for one in sets)
+            lines.append(f"| {name} | {score} | {cells} |")
+    return lines
+
+
+def runs_of(
+    variants: dict[str, list[str]], common: Sequence[str], seeds: Sequence[int], output: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """The results of every variant for every seed, seed by seed."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+    for seed in seeds:
+        for name, words in variants.items():
+            short = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+            found[name].append(carried_out("tau", [*words, *common, "--seed", str(seed)], output / f"{short}-{seed}"))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["methods", "frozen"])
+    parser.add_argument("--data", type=Path, required=True, help="folder of data sets and weights")
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--output", type=Path, default=Path("outputs/tau"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="some of the variants, by name")
+    parser.add_argument("--paper", action="store_true", help="the released settings: needs a GPU")
+    arguments = parser.parse_args()
+    variants = METHODS if arguments.part == "methods" else FROZEN
+    unknown = set(arguments.only or ()) - set(variants)
+    if unknown:
+        parser.error(f"--only {', '.join(sorted(unknown))}: the variants are {', '.join(variants)}")
+    variants = {name: words for name, words in variants.items() if name in (arguments.only or variants)}
+    if arguments.paper:
+        paper = {name: "paper-simclr" if name in ("SimCLR", "MoCo", "ensemble") else "paper" for name in variants}
+        variants = {name: _with_preset(words, paper[name]) for name, words in variants.items()}
+    common = ["--data-dir", str(arguments.data), "--dataset", arguments.dataset]
+    found = runs_of(variants, common, arguments.seeds, arguments.output / arguments.dataset)
+    minutes = spread((run["made"]["seconds"] / 60 for runs in found.values() for run in runs), 1)
+    print(f"{arguments.dataset}, seeds {', '.join(map(str, arguments.seeds))}, {minutes} minutes a run\n")
+    if arguments.part == "methods":
+        print("\n".join(worth_table(found)) + "\n")
+    print("\n".join(ood_table(found)))
+
+
+def _with_preset(words: Sequence[str], size: str) -> list[str]:
+    """The words of a variant laid on a size: its own presets, and what stands beside them, win."""
+    sizes = ["paper"] if size == "paper" else ["paper", "paper-simclr"]
+    named = list(words[1:]) if words[:1] == ["--preset"] else []
+    rest = [] if named else list(words)
+    return ["--preset", *sizes, *named, *rest]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What recipes that pretrain share: networks, batches of views, throughput, and the evaluation's parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as reference
+
+from posthoc.adapters.distributed import Launch
+from posthoc.adapters.errors import BackboneError, OptionError
+from posthoc.adapters.source_arrays import ArraySource, ListSource
+from posthoc.eval.dataset_classes import CLASSES
+from posthoc.recipes.augmentations import Augmentation
+from posthoc.recipes.pretraining import Ahead, PretrainingConfig, own_view_found, throughput
+from posthoc.recipes.pretraining_evaluation import (
+    Chosen,
+    Encoded,
+    align,
+    other_sources,
+    shaped_like,
+    spread_over,
+    worth,
+)
+from posthoc.recipes.pretraining_networks import PretrainingNetwork, image_encoder, projection_head, synchronised
+from posthoc.recipes.view_batches import BLOCK, Images, ViewBatches, fixed_views
+
+CPU, ALONE = torch.device("cpu"), Launch(0, 1)
+
+
+def some_images(count: int, channels: int = 3, size: int = 8) -> Images:
+    pixels = torch.randint(0, 256, (count, channels, size, size), generator=torch.Generator().manual_seed(0)).byte()
+    return Images(pixels, np.arange(count))
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "pixels", "size"),
+    [("small", 1, 28, 64), ("resnet20", 1, 28, 64), ("resnet10t", 3, 32, 512), ("vit_tiny_patch16_224", 1, 28, 192)],
+)
+def test_networks_take_small_images_of_any_colours(
+    name: str, channels: int, pixels: int, size: int, generator: torch.Generator
+) -> None:
+    if name == "resnet10t":  # three convolutions are its stem: one is put in the place of a single one only
+        with pytest.raises(BackboneError, match="takes no images of 32 px"):
+            image_encoder(name, channels, pixels)
+        name = "resnet18"
+    encoder = image_encoder(name, channels, pixels, width=8)
+    assert encoder.size == size
+    images = torch.rand(3, channels, pixels, pixels, generator=generator)
+    network = PretrainingNetwork(encoder, projection_head(size, 16, 5)).train()
+    feature, projected = network(images)
+    assert feature.shape == (3, size)
+    assert projected.shape == (3, 5)
+    alone, _ = network(images[1:2])  # GroupNorm: no statistics of the batch
+    torch.testing.assert_close(alone, feature[1:2], atol=1e-5, rtol=1e-4)
+    if name == "resnet18":
+        inner: Any = encoder.network
+        assert inner.conv1.stride == (1, 1)
+        assert isinstance(inner.maxpool, nn.Identity)
+        assert not [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
+
+
+def test_batchnorm_is_synchronised_on_gpus_only() -> None:
+    head = projection_head(4, 8, 2, "batch")
+    assert isinstance(head[1], nn.BatchNorm1d)
+    assert synchronised(head, Launch(0, 2), CPU) is head
+    found = synchronised(head, Launch(0, 2), torch.device("cuda"))
+    assert [type(part) for part in found.modules() if "Norm" in type(part).__name__] == [nn.SyncBatchNorm]
+    with pytest.raises(BackboneError, match="did you mean 'small'"):
+        image_encoder("smal", 3, 32)
+
+
+def test_three_views_of_the_same_rows_in_one_process_and_two() -> None:
+    images, how = some_images(200), Augmentation(blur=0.5)
+    whole = ViewBatches(images, how, 4 * BLOCK, 5, ALONE, CPU, views=3)
+    shares = [ViewBatches(images, how, 4 * BLOCK, 5, Launch(rank, 2), CPU, views=3) for rank in (0, 1)]
+    assert whole.rows.each == 1
+    for step in (0, 3):
+        views = whole(step)
+        assert len(views) == 3
+        assert not torch.equal(views[1], views[2])
+        for k in range(3):
+            assert torch.equal(torch.cat([share(step)[k] for share in shares]), views[k])
+        assert torch.equal(torch.cat([share.rows(step) for share in shares]), whole.rows(step))
+        assert len(whole.rows(step).unique()) == 4 * BLOCK
+    still = Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grayscale=0.0)
+    (view,) = ViewBatches(images, still, BLOCK, 5, ALONE, CPU, views=1)(2)
+    rows = ViewBatches(images, still, BLOCK, 5, ALONE, CPU, views=1).rows(2)
+    torch.testing.assert_close(view, images.pixels[rows] / 255)
+
+
+def test_fixed_views_depend_on_the_seed_alone() -> None:
+    images = some_images(40)
+    first, second = fixed_views(images, Augmentation(), 3, CPU)
+    again, _ = fixed_views(images, Augmentation(), 3, CPU)
+    other, _ = fixed_views(images, Augmentation(), 4, CPU)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_batches_that_are_made_ahead_are_the_same() -> None:
+    made: list[int] = []
+
+    def batch(step: int) -> tuple[int]:
+        if step == 9:
+            raise OptionError("no such batch")
+        made.append(step)
+        return (10 * step,)
+
+    with Ahead(batch) as batches:
+        assert [batches(step) for step in (3, 4, 5, 0, 1)] == [(30,), (40,), (50,), (0,), (10,)]
+    assert sorted(made) == [0, 1, 2, 3, 4, 5, 6]
+    with Ahead(batch) as batches:
+        assert batches(8) == (80,)
+        with pytest.raises(OptionError, match="no such batch"):
+            batches(9)
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.norm = nn.BatchNorm1d(2)
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        self.seen.append((x, rows))
+        return self.norm(self.linear(x)).square().mean()
+
+
+def test_throughput_leaves_the_module_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Tiny()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    config = PretrainingConfig(throughput_steps=2, batch_size=32)
+    run: Any = SimpleNamespace(config=config, device=CPU)
+    found = throughput(run, module, lambda step: (torch.full((32, 4), 2.0 + step), torch.arange(32)))
+    assert found["share"] == pytest.approx(
+        found["training_images_per_second"] / found["random_tensors_images_per_second"], rel=0.02
+    )
+    assert found["device"] == "cpu"
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    random = [x for x, _ in module.seen if x.max() < 1]
+    assert len(random) == 6  # three rounds of two steps
+    assert len(module.seen) == 13
+    assert all(torch.equal(x, random[0]) for x in random)
+    assert all(torch.equal(rows, torch.arange(32)) for _, rows in module.seen)
+    config.throughput_steps = 0
+    assert throughput(run, module, lambda step: ()) == {}
+
+
+def test_the_share_of_views_that_are_found() -> None:
+    first = torch.eye(4)
+    second = torch.eye(4)[[0, 1, 3, 2]] * torch.tensor([[1.0], [5.0], [2.0], [3.0]])
+    assert own_view_found(first, second) == 0.5
+
+
+def test_images_of_other_sets_get_the_sets_shape(generator: torch.Generator) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((40, 40, 3), (30, 51, 3), (9, 5, 3))]
+    source = ListSource([Image.fromarray(one) for one in arrays], [5, 6, 7], name="others")
+    found = shaped_like(source, some_images(1, 3, 16))
+    for row, one in enumerate(arrays):
+        size = [max(16, round(16 * side / min(one.shape[:2]))) for side in one.shape[:2]]
+        resized = reference.resize(torch.from_numpy(one).permute(2, 0, 1), size, antialias=True)
+        theirs = reference.center_crop(resized, [16, 16])
+        assert (found.pixels[row].int() - theirs.int()).abs().max() <= 1
+    assert shaped_like(source, some_images(1, 1, 8)).pixels.shape == (3, 1, 8, 8)
+    part = Chosen(source, np.array([2, 0]))
+    assert [part.item(row).label for row in range(len(part))] == [7, 5]
+    assert part.fingerprint() != Chosen(source, np.array([0, 2])).fingerprint()
+    assert spread_over(np.arange(10, 20), 4).tolist() == [10, 13, 16, 19]
+    assert spread_over(np.arange(3), 4).tolist() == [0, 1, 2]
+
+
+def test_images_of_classes_that_both_sets_have_are_left_out(tmp_path: Path) -> None:
+    shared = CLASSES["cifar100"].index("pickup_truck")
+    rows = np.zeros((6, 3074), np.uint8)
+    rows[:, 1] = [0, shared, 3, shared, 4, 5]
+    rows[:, 2:] = np.arange(6)[:, None]
+    (tmp_path / "cifar-100-binary").mkdir()
+    (tmp_path / "cifar-100-binary" / "test.bin").write_bytes(rows.tobytes())
+    (tmp_path / "test_32x32.mat").write_bytes(b"damaged")
+    found, notes = other_sources("cifar10", tmp_path, 3)
+    assert list(found) == ["cifar100"]
+    assert [found["cifar100"].item(row).label for row in range(3)] == [0, 3, 5]
+    assert "without 2 images of classes that cifar10 has too" in notes["cifar100"]
+    assert "svhn cannot be read" in notes["svhn"]
+    assert "cifar100" not in other_sources("cifar100", tmp_path, 3)[0]
+
+
+def test_what_features_are_worth(generator: torch.Generator) -> None:
+    def encoded(rows: int) -> Encoded:
+        label = torch.randint(3, (rows,), generator=generator)
+        known = torch.eye(3)[label] + 0.05 * torch.randn(rows, 3, generator=generator)
+        noise = torch.randn(rows, 4, generator=generator)
+        return Encoded(known.numpy(), noise.numpy(), label.numpy())
+
+    found = worth(encoded(300), encoded(200), 0, paper=True)
+    assert found["linear"] == found["nearest_feature"] == 1.0
+    assert found["nearest_projection"] < 0.6
+    assert set(found) == {
+        "linear", "nearest_feature", "nearest_projection", "linear_papers_sgd", "nearest_papers_one_view",
+    }  # fmt: skip
+
+
+def test_networks_that_differ_by_a_rotation_are_aligned(generator: torch.Generator) -> None:
+    rows = torch.randn(100, 6, generator=generator, dtype=torch.float64)
+    turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
+    found = align((rows @ turn).numpy(), (3 * rows).numpy())
+    np.testing.assert_allclose(found, turn.T.numpy(), atol=1e-9)
+
+
+def test_options_that_cannot_work() -> None:
+    for wrong, said in (
+        ({"epochs": 0}, "--epochs 0"),
+        ({"lr": 0.0}, r"--lr 0\.0"),
+        ({"warmup": 1.0}, r"--warmup 1\.0"),
+        ({"blur": 2.0}, r"blur=2\.0"),
+        ({"smallest_crop": 0.0}, r"scale=0\.0"),
+        ({"throughput_steps": -1}, "--throughput-steps -1"),
+        ({"probe_images": 0}, "--probe-images 0"),
+    ):
+        options: Any = wrong
+        with pytest.raises(OptionError, match=said):
+            PretrainingConfig(**options)
+    source = ArraySource(np.zeros((2, 3, 8, 8), np.float32))
+    with pytest.raises(Exception, match="holds tensors; expected images"):
+        shaped_like(source, some_images(1))

@@ -1,0 +1,326 @@
+"""The recipe tau: methods and scores by hand, whole runs on scikit-learn's digits, which stand for FashionMNIST."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal
+
+from posthoc.adapters.distributed import Launch
+from posthoc.adapters.errors import BackboneError, OptionError
+from posthoc.adapters.losses import HedgedGaussian, NTXent, TaU, TaUMoCo
+from posthoc.adapters.losses.tau import temperature
+from posthoc.adapters.training_loop import step_generator
+from posthoc.recipes import tau
+from posthoc.recipes.augmentations import Augmentation
+from posthoc.recipes.digits import load_digits
+from posthoc.recipes.networks import SmallConvNet, StridedConvNet
+from posthoc.recipes.pretraining_evaluation import Encoded, encode
+from posthoc.recipes.pretraining_networks import PretrainingNetwork
+from posthoc.recipes.tau import TauConfig, make_network, watched
+from posthoc.recipes.tau_methods import (
+    SAMPLES,
+    Batches,
+    BlockDropout,
+    Hedged,
+    Queue,
+    dropping,
+    make_method,
+    posterior,
+    with_dropout,
+)
+from posthoc.recipes.tau_posthoc import encoder_weights, frozen_backbone
+from posthoc.recipes.tau_scores import papers_neighbours, spread, uncertainties
+from posthoc.recipes.view_batches import BLOCK, Images, ViewBatches
+
+from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
+
+CPU, ALONE = torch.device("cpu"), Launch(0, 1)
+TINY = "--dataset fashion-mnist --data-dir data --width 8 --hidden 32 --dim 16 --batch-size 64"
+SMALL = [*TINY.split(), "--probe-images", "300", "--ood-images", "50", "--throughput-steps", "0"]
+SHORT = [*SMALL, "--train-images", "300", "--epochs", "3", "--output"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,400 digits of 16 x 16 px, 397 others to test, and 100 of noise in MNIST's place."""
+    place = tmp_path_factory.mktemp("tau")
+    digits = load_digits(known=10)
+    pixels = np.stack([np.asarray(one) for one in digits.images]).repeat(2, 1).repeat(2, 2)
+    order = np.random.default_rng(0).permutation(len(pixels))
+    noise = np.random.default_rng(1).integers(0, 256, (100, 16, 16), dtype=np.uint8)
+    for name, part, images, label in (
+        ("FashionMNIST", "train", pixels[order[:1400]], digits.label[order[:1400]]),
+        ("FashionMNIST", "t10k", pixels[order[1400:]], digits.label[order[1400:]]),
+        ("MNIST", "t10k", noise, np.arange(100) % 10),
+    ):
+        raw = place / "data" / name / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        for kind, array in (("images-idx3", images), ("labels-idx1", label.astype(np.uint8))):
+            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.tobytes())
+    return place
+
+
+def some_images(count: int, size: int = 8) -> Images:
+    pixels = torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0)).byte()
+    return Images(pixels, np.arange(count) % 5)
+
+
+def small(**options: Any) -> TauConfig:
+    return TauConfig(**{"width": 8, "hidden": 16, "dim": 6, "batch_size": 32, **options})
+
+
+def test_it_learns_and_says_what_it_found(folder: Path) -> None:
+    words = [*SMALL, "--epochs", "12", "--every", "4", "--lr", "3e-3", "--check", "--reference", "--output", "learns"]
+    words[words.index("--throughput-steps") + 1] = "1"
+    found = results("tau", words, folder)
+    assert found["worth"]["linear"] > found["random_features"]["linear"] + 0.01
+    assert found["worth"]["nearest_projection"] > found["random_features"]["nearest_projection"] + 0.1
+    seen = records(folder / "learns")
+    assert [record["step"] for record in seen] == [4 * 19, 8 * 19, 12 * 19]
+    assert found["held_out"]["after"] == seen[-1]
+    assert seen[-1]["own_view_found"] > found["held_out"]["before"]["own_view_found"] + 0.1
+    assert 0.1 < seen[-1]["tau_5"] < seen[-1]["tau_50"] < seen[-1]["tau_95"]
+    assert list(found["ood"]) == ["mnist"]
+    scores = found["ood"]["mnist"]["scores"]
+    assert list(scores) == ["kNN", "1/feature-norm", "kNN, as released", "tau", "-r^2, as released"]
+    assert scores["kNN"]["auroc"]["value"] > 0.9  # noise
+    assert found["scores"]["tau"][0] >= 0.1
+    assert 0 < found["throughput"]["share"] < 2
+    for name in ("training.png", "ood.png", "certainty.png", "config.json"):
+        assert (folder / "learns" / name).is_file()
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder: Path) -> dict[str, Any]:
+    """What a short run found that nothing disturbed; it is in the folder `whole`."""
+    return results("tau", [*SHORT, "whole", "--method", "tau-moco", "--queue", "96", "--dropout", "0.1"], folder)
+
+
+def test_a_killed_run_goes_on_to_the_same_result(folder: Path, unbroken: dict[str, Any]) -> None:
+    more = ["--method", "tau-moco", "--queue", "96", "--dropout", "0.1"]
+    killed = kill_at_checkpoint("tau", [*SHORT, "killed", *more], folder, "train/checkpoint.pt")
+    assert killed != metrics(folder / "whole")
+    resumed = results("tau", [*SHORT, "killed", *more, "--resume"], folder)
+    assert metrics(folder / "killed") == metrics(folder / "whole")
+    for name in ("worth", "random_features", "ood", "scores"):
+        assert resumed[name] == unbroken[name]
+
+
+def test_two_processes_are_one(folder: Path) -> None:
+    one = results("tau", [*SHORT, "of-1", "--dropout", "0.1"], folder)
+    two = results_of_two("tau", [*SHORT, "of-2", "--dropout", "0.1"], folder)
+    for a, b in zip(records(folder / "of-1"), records(folder / "of-2"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert two["scores"]["tau"] == pytest.approx(one["scores"]["tau"], rel=1e-3)
+    assert two["random_features"] == one["random_features"]
+
+
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        ("--method simclr --members 2", ["ensemble", "ensemble, not aligned, as released"]),
+        ("--method hib", ["std"]),
+        ("--method moco --queue 64", []),
+        ("--method supervised --dropout 0.5 --passes 3",
+         ["max-softmax", "entropy", "energy", "max-logit", "MC dropout", "ODIN"]),
+    ],
+)  # fmt: skip
+def test_every_baseline_has_its_score(folder: Path, words: str, own: list[str]) -> None:
+    name = words.replace(" ", "")
+    short = [*SMALL, "--train-images", "150", "--epochs", "1", *words.split(), "--output", name]
+    found = results("tau", short, folder)
+    scores = found["ood"]["mnist"]["scores"]
+    assert list(scores) == ["kNN", "1/feature-norm", *own]
+    assert len(found["seconds_of_training"]) == (2 if "members" in words else 1)
+    for row in found["scores"].values():
+        assert row == sorted(row)
+        assert row[0] < row[-1]
+
+
+def test_the_losses_are_the_librarys(generator: torch.Generator) -> None:
+    views = [torch.rand(32, 3, 8, 8, generator=generator) for _ in range(2)]
+    images = some_images(64)
+    for options, loss in (
+        ({"method": "tau"}, TaU(0.1)),
+        ({"method": "tau", "reference": True}, TaU(0.1, reference=True)),
+        ({"method": "tau", "include_positive": True, "temperature": 0.3}, TaU(0.3, include_positive=True)),
+        ({"method": "simclr"}, NTXent(0.1)),
+    ):
+        config = small(**options)
+        method = make_method(make_network(config, images), config)
+        one, other = (method.network(view)[1] for view in views)
+        if config.method == "tau":
+            theirs = loss(one[:, :6], other[:, :6], one[:, 6], other[:, 6])
+        else:
+            theirs = loss(one, other)
+        torch.testing.assert_close(method(*views, 0, []), theirs)
+    config = small(method="hib")
+    method = make_method(make_network(config, images), config)
+    assert isinstance(method, Hedged)
+    one, other = (posterior(method.network(view)[1]) for view in views)
+    theirs = HedgedGaussian(0.5, 0.0, 4, 1e-4)(one, other, generator=step_generator(0, SAMPLES, 7))
+    torch.testing.assert_close(method(*views, 7, []), theirs)
+    assert isinstance(one, Normal)
+    assert (one.stddev[:, :1] == one.stddev).all()
+
+
+def test_mocos_keys_come_from_a_network_that_trails(generator: torch.Generator) -> None:
+    config = small(method="tau-moco", queue=80, momentum=0.75)
+    method = make_method(make_network(config, some_images(64)), config)
+    assert isinstance(method, Queue)
+    first, second = (torch.rand(32, 3, 8, 8, generator=generator) for _ in range(2))
+    queue = method.moco.queue.clone()
+    query, key = method.network(first)[1], method.network(second)[1][:, :6].detach()
+    theirs = TaUMoCo(0.1)(query[:, :6], key, queue, query[:, 6])
+    torch.testing.assert_close(method(first, second, 0, []), theirs)
+    torch.testing.assert_close(method.moco.queue[:32], nn.functional.normalize(key, dim=1))
+    assert torch.equal(method.moco.queue[32:], queue[32:])
+    old = {name: value.clone() for name, value in method.network.state_dict().items()}
+    with torch.no_grad():
+        for parameter in method.network.parameters():
+            parameter.add_(1.0)
+    method(first, second, 1, [])
+    for name, value in method.moco.encoder.state_dict().items():
+        torch.testing.assert_close(value, old[name] + 0.25)  # a quarter of the way
+
+
+def test_dropout_belongs_to_rows(generator: torch.Generator) -> None:
+    layer = BlockDropout(0.25)
+    x = torch.ones(2 * BLOCK, 50, 3, 3)
+    assert torch.equal(layer(x), x)
+    with dropping(layer, [torch.Generator().manual_seed(k) for k in (0, 1)]):
+        dropped = layer(x)
+    assert torch.equal(layer(x), x)
+    assert set(dropped.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert (dropped == dropped[:, :, :1, :1]).all()  # whole channels
+    assert (dropped == 0).double().mean() == pytest.approx(0.25, abs=0.03)
+    with dropping(layer, [torch.Generator().manual_seed(1)]):
+        assert torch.equal(layer(x[BLOCK:]), dropped[BLOCK:])
+    network = StridedConvNet(3, 8)
+    with_dropout(network, 0.5)
+    assert sum(isinstance(part, BlockDropout) for part in network.modules()) == 4
+    with pytest.raises(BackboneError, match="no blocks of timm's ResNets"):
+        with_dropout(nn.Sequential(nn.Linear(2, 2)), 0.5)
+    assert isinstance(SmallConvNet().features, nn.Sequential)
+
+
+def test_batches_hold_what_a_method_takes() -> None:
+    images = some_images(40)
+    views = ViewBatches(images, Augmentation(), BLOCK, 0, ALONE, CPU, 1)
+    (view, label, noise) = Batches(views, images, True, True)(0)
+    assert view.shape == (BLOCK, 3, 8, 8)
+    assert label.tolist() == (views.rows(0) % 5).tolist()
+    assert len(noise) == 1
+    pair = ViewBatches(images, Augmentation(), BLOCK, 0, ALONE, CPU)
+    assert Batches(pair, images, False, False)(3)[2:] == (3, [])
+
+
+def test_scores_by_hand() -> None:
+    images, config = some_images(50), small()
+    network = make_network(config, images)
+    assert isinstance(network, PretrainingNetwork)
+    known = encode(network, images, CPU)
+    raw = torch.from_numpy(known.projection[:, 6])
+    found = uncertainties([network], [known], images, config, CPU)
+    np.testing.assert_allclose(found["tau"], 0.1 / torch.sigmoid(raw).numpy(), rtol=1e-5)
+    np.testing.assert_allclose(found["-r^2, as released"], -(raw.numpy() ** 2), rtol=1e-5)
+    np.testing.assert_allclose(found["1/feature-norm"], 1 / np.linalg.norm(known.feature, axis=1), rtol=1e-5)
+    unit = known.projection[:, :6] / np.linalg.norm(known.projection[:, :6], axis=1, keepdims=True)
+    tenth = np.sort(1 - unit @ unit.T, 1)[:, 9]
+    np.testing.assert_allclose(found["kNN"], tenth, atol=1e-5)
+    apart = np.sort(np.linalg.norm(unit[:, None] - unit, axis=2), 1)
+    np.testing.assert_allclose(
+        papers_neighbours(known.projection[:, :6], unit, True), apart[:, 1:11].mean(1), atol=1e-3
+    )
+    np.testing.assert_allclose(papers_neighbours(3 * unit, unit, False), apart[:, :10].mean(1), atol=1e-3)
+    np.testing.assert_allclose(spread([np.zeros((3, 2)), np.array([[0, 1], [2, 2], [0, 0]])]), [0.5**1.5, 2**0.5, 0])
+    pair = (images.pixels / 255, images.pixels / 255)
+    seen = watched(network.eval(), config, pair, images)
+    assert seen["own_view_found"] == 1.0
+    assert seen["tau_50"] == pytest.approx(float(temperature(raw, 0.1).quantile(0.5)), rel=1e-5)
+    assert isinstance(known, Encoded)
+
+
+def test_networks_are_compiled_where_it_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    short = [*SMALL, "--train-images", "100", "--epochs", "1", "--compile", "--output", "compiled"]
+    results("tau", short, folder)
+    assert [type(one).__name__ for one in compiled] == ["Encoder"]
+
+
+def test_a_head_on_a_frozen_network(folder: Path) -> None:
+    words = "--backbone resnet20 --random-weights --train-images 200 --test-images 80 --ood-images 40 --dataset fashion-mnist"
+    more = [*words.split(), "--data-dir", "data", "--cache-dir", "store", "--views", "2"]
+    found = results("tau", [*more, "--reference", "--output", "views"], folder)
+    assert found["positives"] == "views"
+    assert found["backbone"]["embedding_dim"] == 64
+    assert found["fit"]["base_temperature"] == 0.1
+    scores = found["ood"]["mnist"]["scores"]
+    assert list(scores)[:4] == ["kNN", "1/feature-norm", "tau", "-r^2, as released"]
+    assert (folder / "views" / "adapter" / "adapter.safetensors").is_file()
+    assert (folder / "views" / "certainty.png").is_file()
+    by_labels = results("tau", [*more, "--reference", "--positives", "labels", "--output", "labels"], folder)
+    assert by_labels["ood"]["mnist"]["scores"]["tau"] != scores["tau"]
+    assert by_labels["ood"]["mnist"]["scores"]["kNN"] == scores["kNN"]  # the same features
+
+
+def test_every_frozen_network_has_its_own_preprocessing() -> None:
+    clip = frozen_backbone(TauConfig(backbone="clip", random_weights=True))
+    assert clip.embedding_dim == 768
+    assert clip.num_classes == 0
+    assert clip.preprocessing["mean"][0] == pytest.approx(0.48145466)
+    simclr = frozen_backbone(TauConfig(backbone="simclr", random_weights=True))
+    assert simclr.embedding_dim == 2048
+    assert simclr.num_classes == 0
+    assert simclr.preprocessing["mean"][0] == pytest.approx(0.485)
+    with pytest.raises(BackboneError, match="--backbone byol: no package fetches its weights"):
+        frozen_backbone(TauConfig(backbone="byol", data_dir=Path("nowhere")))
+
+
+def test_the_networks_own_weights_are_found_in_a_pretrainings(generator: torch.Generator) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    own = {name: torch.rand(value.shape, generator=generator) for name, value in network.state_dict().items()}
+    trailing = {f"target_network.encoder.{name}": value + 1 for name, value in own.items()}
+    trained = {f"online_network.encoder.{name}": value for name, value in own.items()}
+    found = encoder_weights({**trailing, **trained, "projection.weight": torch.ones(2)}, network, Path("x"))
+    assert found.keys() == {name for name in own if "tracked" not in name}
+    assert all(torch.equal(found[name], own[name]) for name in found)
+    with pytest.raises(BackboneError, match=r"prefixes that have them: 'a\.', 'b\.'"):
+        encoder_weights({f"{k}.{name}": value for k in "ab" for name, value in own.items()}, network, Path("x"))
+    with pytest.raises(BackboneError, match="none"):
+        encoder_weights({"0.weight": own["0.weight"]}, network, Path("x"))
+
+
+def test_what_cannot_work_is_said_before_it_is_tried(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    for wrong, said in (
+        ({"temperature": 0.0}, r"--temperature 0\.0"),
+        ({"passes": 1}, "--passes 1"),
+        ({"dropout": 1.0}, r"--dropout 1\.0"),
+        ({"checkpoint": Path("x")}, "name it with --backbone"),
+        ({"include_positive": True, "method": "simclr"}, "--include-positive is an option of --method tau"),
+        ({"include_positive": True, "reference": True}, "--include-positive and --reference"),
+    ):
+        options: Any = wrong
+        with pytest.raises(OptionError, match=said):
+            TauConfig(**options)
+
+    def refused(*words: str) -> str:
+        with pytest.raises(SystemExit) as exit:
+            tau.main([*SMALL, *words])
+        assert exit.value.code == 2
+        return capsys.readouterr().err
+
+    assert "fewer than a batch of 64" in refused("--train-images", "70", "--output", "a")
+    worse = refused("--train-images", "100", "--epochs", "1", "--lr", "1e-9", "--check", "--output", "c")
+    assert "beside that of random features; expected +0.010 or more" in worse
