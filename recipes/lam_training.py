@@ -34,7 +34,7 @@ ROWS = 256
 """Images of one pass without gradients."""
 WATCHED = 1000
 """Held-out images that are watched at most."""
-TRIPLETS = 2048
+TRIPLETS = 512
 """Mined triplets of a step that HIB compares samples of at most."""
 ORDER, TRAINING, OBJECTIVE, START = 401, 402, 403, 404  # places of the random numbers
 WARMUP, DECAY = 0.05, 0.01

@@ -1,0 +1,86 @@
+"""The tables of the recipe lam in docs/recipes.md: every method beside a deterministic embedding, over seeds.
+
+    python benchmarks/lam.py --data-dir DATA --output outputs/lam
+    python benchmarks/lam.py --data-dir DATA --output outputs/lam --preset cifar10 all --seeds 0 1 2
+
+DATA holds FashionMNIST and MNIST (or what the data set of --preset needs). A run that is there is read, not repeated; one that
+was killed goes on; --threads says how many cores it takes. Writes and prints
+PRESET.md. What stands behind -- goes to the recipe: `-- --epochs 2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from recipe_runs import carried_out
+
+from posthoc.adapters.files import replace_file
+from posthoc.recipes.lam_report import columns
+
+REFERENCE = "deterministic"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """Methods down, figures across."""
+    methods = list(runs[0]["methods"])
+    names = columns([run["methods"][method] for run in runs for method in methods])
+    lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for method in methods:
+        rows = [run["methods"][method] for run in runs]
+        cells = [spread([row[name] for row in rows]) if all(name in row for row in rows) else "" for name in names]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def differences(runs: Sequence[dict[str, Any]]) -> str:
+    """Each method less the deterministic embedding of the same seed, in what both have."""
+    names = columns([run["methods"][REFERENCE] for run in runs])
+    lines = [f"| less {REFERENCE}, same seed | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for method in runs[0]["methods"]:
+        if method != REFERENCE:
+            pairs = [(run["methods"][method], run["methods"][REFERENCE]) for run in runs]
+            cells = [spread([one[name] - other[name] for one, other in pairs]) for name in names]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the images")
+    parser.add_argument("--output", type=Path, default=Path("outputs/lam"))
+    parser.add_argument("--preset", nargs="+", default=["default"], help="of the recipe")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--threads", type=int, help="cores of a run; default: all")
+    parser.add_argument("more", nargs="*", help="options of the recipe, behind --")
+    arguments = parser.parse_args()
+    name = "-".join(arguments.preset)
+    runs = []
+    for seed in arguments.seeds:
+        words = [
+            "--preset",
+            *arguments.preset,
+            "--data-dir",
+            str(arguments.data_dir),
+            "--seed",
+            str(seed),
+            *arguments.more,
+        ]
+        runs.append(carried_out("lam", words, arguments.output / f"{name}-{seed}", arguments.threads))
+    minutes = spread([run["made"]["seconds"] / 60 for run in runs])
+    text = f"{name}, seeds {' '.join(map(str, arguments.seeds))}, {minutes} minutes a run:\n\n{table(runs)}\n\n"
+    text += f"{differences(runs)}\n"
+    replace_file(arguments.output / f"{name}.md", text.encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
