@@ -39,7 +39,7 @@ class PretrainingConfig(RecipeConfig):
     """The options of a pretraining."""
 
     dataset: str = "cifar10"
-    """square images by the name of their set, such as cifar10, cifar100 or fashion-mnist"""
+    """square images by the name of their set, such as cifar10, cifar100 or fashion-mnist; for a frozen network also a folder"""
     data_dir: Path | None = None
     """folder of the data; default: $POSTHOC_DATA"""
     network: str = SMALL

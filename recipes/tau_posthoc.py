@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.backbone import Backbone, build_backbone
+from ..adapters.data import open_source
 from ..adapters.errors import BackboneError
 from ..adapters.features import Features
 from ..adapters.heads.temperature import TemperatureHead
 from ..adapters.model import wrap
 from ..adapters.scoring import score
+from ..adapters.source_base import Source
 from ..adapters.weights import load_strictly, read_checkpoint
 from ..eval.baselines import LOGIT_SCORES, inverse_norm, knn
-from ..eval.datasets import default_data_dir, open_named
+from ..eval.datasets import default_data_dir, is_named, open_named
 from .cifar10h_networks import cifar_backbone
 from .pretraining_evaluation import Chosen, certainty_grid, ood_tables, other_sources, shaped_like, spread_over
 from .running import Run, seeded
@@ -104,12 +106,19 @@ def encoder_weights(state: Mapping[str, Tensor], module: nn.Module, path: Path) 
     return {name: state[trained[0] + name] for name in names}
 
 
+def open_set(config: TauConfig, split: str) -> Source:
+    """Training or test images of a named set, or of a folder (or a set of the hub) with such splits."""
+    if is_named(config.dataset):
+        return open_named(config.dataset, split, config.data_dir)
+    return open_source(config.dataset, split)
+
+
 def run_posthoc(config: TauConfig, run: Run) -> None:
     """Fit the head on features of training images, score test images and all other sets, and report."""
-    source = open_named(config.dataset, "train", config.data_dir)
+    source = open_set(config, "train")
     rows = np.arange(len(source))[: config.train_images]
     train = Chosen(source, rows)
-    whole = open_named(config.dataset, "test", config.data_dir)
+    whole = open_set(config, "test")
     test = Chosen(whole, spread_over(np.arange(len(whole)), config.test_images or len(whole)))
     backbone = frozen_backbone(config).to(run.device)
     run.stands_on(train.fingerprint(), test.fingerprint(), backbone.fingerprint())

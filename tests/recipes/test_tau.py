@@ -20,6 +20,7 @@ from posthoc.recipes import tau
 from posthoc.recipes.augmentations import Augmentation
 from posthoc.recipes.digits import load_digits
 from posthoc.recipes.networks import SmallConvNet, StridedConvNet
+from posthoc.recipes.pretraining import own_view_found
 from posthoc.recipes.pretraining_evaluation import Encoded, encode
 from posthoc.recipes.pretraining_networks import PretrainingNetwork
 from posthoc.recipes.tau import TauConfig, make_network, watched
@@ -77,20 +78,20 @@ def small(**options: Any) -> TauConfig:
 
 
 def test_it_learns_and_says_what_it_found(folder: Path) -> None:
-    words = [*SMALL, "--epochs", "12", "--every", "4", "--lr", "3e-3", "--check", "--reference", "--output", "learns"]
+    words = [*SMALL, "--epochs", "8", "--every", "4", "--lr", "3e-3", "--check", "--reference", "--output", "learns"]
     words[words.index("--throughput-steps") + 1] = "1"
     found = results("tau", words, folder)
     assert found["worth"]["linear"] > found["random_features"]["linear"] + 0.01
     assert found["worth"]["nearest_projection"] > found["random_features"]["nearest_projection"] + 0.1
     seen = records(folder / "learns")
-    assert [record["step"] for record in seen] == [4 * 19, 8 * 19, 12 * 19]
+    assert [record["step"] for record in seen] == [4 * 19, 8 * 19]
     assert found["held_out"]["after"] == seen[-1]
-    assert seen[-1]["own_view_found"] > found["held_out"]["before"]["own_view_found"] + 0.1
+    assert seen[-1]["own_view_found"] > 1.3 * found["held_out"]["before"]["own_view_found"]
     assert 0.1 < seen[-1]["tau_5"] < seen[-1]["tau_50"] < seen[-1]["tau_95"]
     assert list(found["ood"]) == ["mnist"]
     scores = found["ood"]["mnist"]["scores"]
     assert list(scores) == ["kNN", "1/feature-norm", "kNN, as released", "tau", "-r^2, as released"]
-    assert scores["kNN"]["auroc"]["value"] > 0.9  # noise
+    assert scores["kNN"]["auroc"]["value"] > 0.6  # of noise
     assert found["scores"]["tau"][0] >= 0.1
     assert 0 < found["throughput"]["share"] < 2
     for name in ("training.png", "ood.png", "certainty.png", "config.json"):
@@ -133,7 +134,7 @@ def test_two_processes_are_one(folder: Path) -> None:
     ],
 )  # fmt: skip
 def test_every_baseline_has_its_score(folder: Path, words: str, own: list[str]) -> None:
-    name = words.replace(" ", "")
+    name = words.replace(" ", "").lstrip("-")
     short = [*SMALL, "--train-images", "150", "--epochs", "1", *words.split(), "--output", name]
     found = results("tau", short, folder)
     scores = found["ood"]["mnist"]["scores"]
@@ -198,7 +199,7 @@ def test_dropout_belongs_to_rows(generator: torch.Generator) -> None:
     with dropping(layer, [torch.Generator().manual_seed(k) for k in (0, 1)]):
         dropped = layer(x)
     assert torch.equal(layer(x), x)
-    assert set(dropped.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert (dropped == dropped[:, :, :1, :1]).all()  # whole channels
     assert (dropped == 0).double().mean() == pytest.approx(0.25, abs=0.03)
     with dropping(layer, [torch.Generator().manual_seed(1)]):
@@ -243,7 +244,8 @@ def test_scores_by_hand() -> None:
     np.testing.assert_allclose(spread([np.zeros((3, 2)), np.array([[0, 1], [2, 2], [0, 0]])]), [0.5**1.5, 2**0.5, 0])
     pair = (images.pixels / 255, images.pixels / 255)
     seen = watched(network.eval(), config, pair, images)
-    assert seen["own_view_found"] == 1.0
+    own = torch.from_numpy(known.projection[:, :6])
+    assert seen["own_view_found"] == own_view_found(own, own) > 0.5
     assert seen["tau_50"] == pytest.approx(float(temperature(raw, 0.1).quantile(0.5)), rel=1e-5)
     assert isinstance(known, Encoded)
 
@@ -257,7 +259,7 @@ def test_networks_are_compiled_where_it_is_asked_for(folder: Path, monkeypatch: 
 
 
 def test_a_head_on_a_frozen_network(folder: Path) -> None:
-    words = "--backbone resnet20 --random-weights --train-images 200 --test-images 80 --ood-images 40 --dataset fashion-mnist"
+    words = "--backbone resnet20 --random-weights --train-images 100 --test-images 60 --ood-images 40 --dataset fashion-mnist"
     more = [*words.split(), "--data-dir", "data", "--cache-dir", "store", "--views", "2"]
     found = results("tau", [*more, "--reference", "--output", "views"], folder)
     assert found["positives"] == "views"
