@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as pixels_of
 
 from ..adapters.errors import DataError, OptionError
-from ..adapters.images import to_pil
 from ..adapters.source_arrays import ArraySource, FileSource
 from ..adapters.source_base import Source
 from ..adapters.source_loader import load_image
@@ -289,9 +288,10 @@ def _pixels(source: Source, rows: np.ndarray, size: tuple[int, int, int]) -> np.
 
 def _open(path: str) -> Image.Image:
     try:
-        return to_pil(Image.open(path))
+        image: Any = load_image(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
+    return image
 
 
 def _threaded(one: Callable[[int], Tensor], rows: np.ndarray) -> list[Tensor]:

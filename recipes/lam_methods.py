@@ -184,9 +184,10 @@ class Methods:
                 if posterior is None:
                     features = self._features() if features is None else features
                     posterior = self._fitted(name, *features)
-                self.reports[name] = self._prior(posterior, network) | {
-                    "negative_curvature": float((posterior.curvature_weight < 0).float().mean())
-                }
+                self.reports[name] = self._prior(posterior, network)
+                if name not in self.online:  # whose curvature is clamped at every step
+                    share = float((posterior.curvature_weight < 0).float().mean())
+                    self.reports[name]["negative_curvature"] = share
                 if noise is None:
                     noise = posterior.noise(config.samples, step_generator(config.seed, NOISE))
                 head = PosteriorHead(posterior, noise, config.reference)
@@ -319,7 +320,8 @@ def answers(
 
 
 def _on_cpu(answer: MetricEmbedding) -> MetricEmbedding:
-    return MetricEmbedding(**{name: None if x is None else x.cpu() for name, x in vars(answer).items()})
+    moved: dict[str, Any] = {name: None if x is None else x.cpu() for name, x in vars(answer).items()}
+    return MetricEmbedding(**moved)
 
 
 def _joined(parts: Sequence[MetricEmbedding]) -> MetricEmbedding:

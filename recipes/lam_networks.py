@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,11 @@ class TimmTrunk(nn.Module):
     statistics.
     """
 
+    module: Any
+
     def __init__(self, module: nn.Module, rate: float) -> None:
         super().__init__()
-        self.module = module
+        self.module = module.eval()
         for name in ("fc", "classifier", "head"):  # not used, and an unused weight has no gradient
             if hasattr(module, name):
                 setattr(module, name, nn.Identity())
@@ -70,9 +73,7 @@ class TimmTrunk(nn.Module):
         self.dropout, self.pool = ChannelDropout(maps.shape[1], rate), GeneralisedMean()
 
     def _maps(self, images: Tensor) -> Tensor:
-        return (
-            self.module.eval().forward_features(images) if not self.training else self.module.forward_features(images)
-        )
+        return self.module.forward_features(images)
 
     def train(self, mode: bool = True) -> TimmTrunk:
         super().train(mode)
