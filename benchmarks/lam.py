@@ -4,8 +4,8 @@
     python benchmarks/lam.py --data-dir DATA --output outputs/lam --preset cifar10 all --seeds 0 1 2
 
 DATA holds FashionMNIST and MNIST (or what the data set of --preset needs). A run that is there is read, not repeated; one that
-was killed goes on; --threads says how many cores it takes. Writes and prints
-PRESET.md. What stands behind -- goes to the recipe: `-- --epochs 2`.
+was killed goes on; --threads says how many cores it takes. Writes and prints PRESET.md. What stands behind -- goes to the
+recipe: `-- --epochs 2`.
 """
 
 from __future__ import annotations

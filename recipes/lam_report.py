@@ -114,9 +114,8 @@ def _votes(samples: torch.Tensor, part: Part, found: Found) -> np.ndarray:
 def columns(rows: Sequence[Row]) -> list[str]:
     """The columns of the table: the main ones that are there, and those of each OOD set."""
     known = {name for row in rows for name in row}
-    others = sorted(
-        (name for name in known if name.startswith("AU") and " " in name), key=lambda one: one.split()[::-1]
-    )
+    of_sets = (name for name in known if name.startswith("AU") and " " in name)
+    others = sorted(of_sets, key=lambda one: (one.split()[1:], one[:5] != "AUROC"))
     return [*(name for name in MAIN if name in known), *others]
 
 

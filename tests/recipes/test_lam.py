@@ -85,7 +85,8 @@ def test_a_run_judges_every_method_on_images_that_had_no_part_in_it(unbroken: Pa
     own, posterior = (found["methods"][name] for name in ("deterministic", "post-hoc-euclidean-full"))
     assert own["vote ECE"] == pytest.approx(1 - own["recall@1"])
     assert posterior["mAP@5"] == pytest.approx(own["mAP@5"], abs=0.2)
-    assert 0 <= found["reports"]["online-arccos-fixed"]["negative_curvature"] <= 1
+    assert 0 <= found["reports"]["post-hoc-euclidean-full"]["negative_curvature"] <= 1
+    assert found["reports"]["online-arccos-fixed"]["prior_precision"] > 0
     assert (unbroken / "lam.png").stat().st_size
 
 
@@ -104,6 +105,22 @@ def test_two_processes_agree_with_one(folder: Path, unbroken: Path) -> None:
     for name in metrics(unbroken):
         for one, other in zip(records(unbroken, name), records(folder / "two", name), strict=True):
             assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3), name
+
+
+def test_reference_is_the_papers_code(folder: Path) -> None:
+    more = "--reference --epochs 1 --optimizer rmsprop --schedule exponential --max-triplets 50 --memory 0.9"
+    variants = ["post-hoc-arccos-full", "online-arccos-positives"]
+    line = [*words(folder, "reference", *more.split()), "--methods", "ensemble", "hib", *variants]
+    found = results("lam", line, folder)
+    for name in variants:
+        row = found["methods"][name]
+        assert found["reports"][name]["prior_precision"] == 1.0
+        assert row["reference mAP@5"] == pytest.approx(row["mAP@5"]), "every test image has its like"
+        assert row["reference AUSC"] == pytest.approx(row["AUSC"] * 98 / 99, abs=0.02)
+    checkpoint = folder / "reference/online-arccos-positives/checkpoint.pt"
+    state = torch.load(checkpoint, weights_only=True)["module"]
+    least = 0.9**4 * 128  # what is left of the number of images it begins with, after four steps
+    assert float(state["objective.posterior.curvature_weight"].min()) >= least * (1 - 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -418,4 +435,4 @@ def test_places_are_found_within_25_metres_of_a_query() -> None:
 
 def test_the_table_names_what_every_set_has() -> None:
     rows = {"a": {"mAP@5": 0.5, "AUROC x y": 0.75, "AUPR x y": 0.25}, "b": {"mAP@5": 1.0}}
-    assert table(rows).splitlines()[2:] == ["| a | 0.500 | 0.250 | 0.750 |", "| b | 1.000 |  |  |"]
+    assert table(rows).splitlines()[2:] == ["| a | 0.500 | 0.750 | 0.250 |", "| b | 1.000 |  |  |"]
