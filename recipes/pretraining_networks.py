@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import timm
 import torch
@@ -15,6 +15,7 @@ from .networks import StridedConvNet
 from .small_image_networks import DEPTHS, RESNET_STATISTICS, group_normalised, small_image_network
 
 Norm = Literal["group", "batch"]
+M = TypeVar("M", bound=nn.Module)
 SMALL = "small"
 """The name of `StridedConvNet`, for two cores."""
 
@@ -77,8 +78,8 @@ def projection_head(size: int, hidden: int, dim: int, norm: Norm = "group") -> n
     return nn.Sequential(nn.Linear(size, hidden), layer, nn.ReLU(), nn.Linear(hidden, dim, bias=False))
 
 
-def synchronised(module: nn.Module, launch: Launch, device: torch.device) -> nn.Module:
+def synchronised(module: M, launch: Launch, device: torch.device) -> M:
     """BatchNorm with the statistics of all processes' rows, where there are several on GPUs; it is not there on CPUs."""
     if launch.world == 1 or device.type == "cpu":
         return module
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return cast("M", nn.SyncBatchNorm.convert_sync_batchnorm(module))

@@ -172,7 +172,8 @@ def run(config: TauConfig) -> None:
     if config.backbone is not None:
         return run_posthoc(config, run)
     train, held_out, test = open_images(config, run)
-    members, measured = [], {}
+    members: list[Member] = []
+    measured: dict[str, Any] = {}
     for number in range(config.members):
         member, rates = train_member(config, run, number, train, held_out)
         members.append(member)
@@ -262,10 +263,13 @@ def evaluate(config: TauConfig, run: Run, members: Sequence[Member], judged: Jud
     training = [encode(network, probed, run.device) for network in networks]
     encoded = encode(networks[0], test, run.device)
     blank = make_network(config, judged.train).to(run.device)
-    random = tuple(encode(blank, one, run.device) for one in (probed, test))
+    pairs = {
+        "worth": (training[0], encoded),
+        "random_features": (encode(blank, probed, run.device), encode(blank, test, run.device)),
+    }
     known = {
-        name: worth(*(_mean_only(one, config) for one in pair), config.seed, config.papers_probe)
-        for name, pair in {"worth": (training[0], encoded), "random_features": random}.items()
+        name: worth(_mean_only(one, config), _mean_only(other, config), config.seed, config.papers_probe)
+        for name, (one, other) in pairs.items()
     }
     inside = uncertainties(networks, training, test, config, run.device)
     outside = {

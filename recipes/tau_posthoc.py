@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import timm
@@ -124,8 +124,8 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
     run.stands_on(train.fingerprint(), test.fingerprint(), backbone.fingerprint())
     others, notes = other_sources(config.dataset, config.data_dir, config.ood_images)
     # as released: one linear layer and t as given; else the library's head, which chooses t by blur
-    options = {"base_temperature": config.temperature, "depth": 0} if config.reference else {}
-    model = wrap(backbone, "temperature", **options)
+    head = TemperatureHead(config.temperature, depth=0) if config.reference else TemperatureHead()
+    model = wrap(backbone, head)
     model.fit(
         train,
         positives=config.positives,
@@ -134,8 +134,6 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
         cache_dir=config.cache_dir,
         output_dir=config.output / "head",
     )
-    head = model.heads["temperature"]
-    assert isinstance(head, TemperatureHead)
     features = {
         name: backbone.extract(one, cache_dir=config.cache_dir)
         for name, one in {"train": train, config.dataset: test, **others}.items()
@@ -144,7 +142,7 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
     scores = {name: uncertainties(head, one, training, run.device) for name, one in features.items()}
     inside = scores.pop(config.dataset)
     described = backbone.describe()
-    results = run.launch.on_main(
+    results: dict[str, Any] = run.launch.on_main(
         lambda: {
             "method": f"head on {config.backbone}",
             "positives": config.positives,
@@ -162,8 +160,8 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
             return shaped_like(Chosen(test, np.array([row])), small).pixels[0].permute(1, 2, 0).numpy()
 
         own = {name: inside[name] for name in ("tau", "-r^2, as released")}
-        label = np.arange(len(test)) if features[config.dataset].label is None else features[config.dataset].label
-        certainty_grid(config.output / "certainty.png", picture, label, own)
+        label = features[config.dataset].label
+        certainty_grid(config.output / "certainty.png", picture, np.arange(len(test)) if label is None else label, own)
         draw_ood(config.output, results["ood"])
         print("\n".join(ood_lines(results["ood"])))
     run.finish(results)

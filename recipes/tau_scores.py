@@ -56,8 +56,8 @@ def uncertainties(
         "1/feature-norm": inverse_norm(found[0].feature),
     }
     if config.reference:
-        own = test is None
-        scores["kNN, as released"] = papers_neighbours(first, first if own else means(test.projection, config), own)
+        bank = first if test is None else means(test.projection, config)
+        scores["kNN, as released"] = papers_neighbours(first, bank, own=test is None)
     last = torch.from_numpy(found[0].projection)[:, -1]
     if config.method in ("tau", "tau-moco"):
         scores["tau"] = temperature(last, config.temperature).numpy()
