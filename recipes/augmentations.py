@@ -170,7 +170,8 @@ def augment(images: Tensor, done: Parameters, size: tuple[int, int] | None = Non
                 rows = rows.to(views.device)
                 views[rows] = change(views[rows], amount)
     if done.shape[0] == 3:
-        views = torch.where(done.gray.to(views.device)[:, None, None, None], luma(views), views)
+        rows = torch.nonzero(done.gray)[:, 0].to(views.device)
+        views[rows] = luma(views[rows]).expand(-1, 3, -1, -1)
     rows = torch.nonzero(done.sigma)[:, 0]
     if len(rows):
         height, width = views.shape[2:]
@@ -244,10 +245,10 @@ def _gaussians(sigma: Tensor, pixels: int) -> Tensor:
     i, j = torch.arange(pixels)[:, None], torch.arange(pixels)
     left = torch.where(j > 0, i + j, pixels)  # from a pixel's mirror image beyond the left end; the end itself has none
     right = torch.where(j < pixels - 1, 2 * (pixels - 1) - i - j, pixels)
-    weight = share[:, (i - j).abs()]
-    for apart in (left, right):
-        weight += share[:, apart.clamp(max=pixels)]
-    return weight / weight.sum(2, keepdim=True)
+    apart = torch.stack([(i - j).abs(), left, right]).clamp(max=pixels)
+    # whole rows of numbers are taken together, one for each image, which is what takes little time
+    weight = share.T.contiguous()[apart.flatten()].view(3, pixels, pixels, len(sigma)).sum(0)
+    return (weight / weight.sum(1, keepdim=True)).permute(2, 0, 1).contiguous()
 
 
 def _brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -264,13 +265,15 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 def _hue(x: Tensor, turn: Tensor) -> Tensor:
     """Colours turned by a share of the circle: in HSV the value and the chroma stay, the hue moves."""
-    value, brightest = x.max(1, keepdim=True)
-    chroma = value - x.amin(1, keepdim=True)
     red, green, blue = x.split(1, 1)
-    ahead = torch.where(brightest == 0, green - blue, torch.where(brightest == 1, blue - red, red - green))
-    sector = ahead / torch.where(chroma > 0, chroma, 1.0) + 2.0 * brightest + 6.0 * turn
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    ahead = torch.where(value == red, green - blue, torch.where(value == green, blue - red, red - green))
+    first = torch.where(value == red, 0.0, torch.where(value == green, 2.0, 4.0))
+    sector = ahead / torch.where(chroma > 0, chroma, 1.0) + first + 6.0 * turn
     channel = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype)[:, None, None]
-    k = torch.remainder(sector + channel, 6.0)
+    k = sector + channel
+    k = k - 6.0 * (k / 6.0).floor()
     return value - chroma * torch.minimum(k, 4.0 - k).clamp(0.0, 1.0)
 
 
