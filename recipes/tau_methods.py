@@ -69,7 +69,10 @@ def with_dropout(network: nn.Module, probability: float) -> None:
 
     Raises BackboneError for a network that has neither.
     """
-    blocks = [part for part in network.modules() if isinstance(getattr(part, "act1", None), nn.Module)]
+    inner_parts = (
+        part for part in network.modules() if part is not network
+    )  # the stem has an activation of that name too
+    blocks = [part for part in inner_parts if isinstance(getattr(part, "act1", None), nn.Module)]
     for block in blocks:
         inner: Any = block
         inner.act1 = nn.Sequential(inner.act1, BlockDropout(probability))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.distributions import Normal
 
@@ -19,10 +20,11 @@ from posthoc.adapters.training_loop import step_generator
 from posthoc.recipes import tau
 from posthoc.recipes.augmentations import Augmentation
 from posthoc.recipes.digits import load_digits
-from posthoc.recipes.networks import SmallConvNet, StridedConvNet
+from posthoc.recipes.networks import StridedConvNet
 from posthoc.recipes.pretraining import own_view_found
 from posthoc.recipes.pretraining_evaluation import Encoded, encode
 from posthoc.recipes.pretraining_networks import PretrainingNetwork
+from posthoc.recipes.small_image_networks import small_image_network
 from posthoc.recipes.tau import TauConfig, make_network, watched
 from posthoc.recipes.tau_methods import (
     SAMPLES,
@@ -35,7 +37,7 @@ from posthoc.recipes.tau_methods import (
     posterior,
     with_dropout,
 )
-from posthoc.recipes.tau_posthoc import encoder_weights, frozen_backbone
+from posthoc.recipes.tau_posthoc import encoder_weights, frozen_backbone, open_set
 from posthoc.recipes.tau_scores import papers_neighbours, spread, uncertainties
 from posthoc.recipes.view_batches import BLOCK, Images, ViewBatches
 
@@ -207,9 +209,30 @@ def test_dropout_belongs_to_rows(generator: torch.Generator) -> None:
     network = StridedConvNet(3, 8)
     with_dropout(network, 0.5)
     assert sum(isinstance(part, BlockDropout) for part in network.modules()) == 4
+    resnet = small_image_network("resnet18", 0)
+    with_dropout(resnet, 0.5)
+    assert [name for name, part in resnet.named_modules() if isinstance(part, BlockDropout)] == [
+        f"layer{stage}.{block}.act1.1" for stage in (1, 2, 3, 4) for block in (0, 1)
+    ]
     with pytest.raises(BackboneError, match="no blocks of timm's ResNets"):
         with_dropout(nn.Sequential(nn.Linear(2, 2)), 0.5)
-    assert isinstance(SmallConvNet().features, nn.Sequential)
+
+
+def test_processes_contrast_their_own_images_only_where_it_is_asked_for(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = [torch.rand(32, 3, 8, 8, generator=generator) for _ in range(2)]
+
+    def twice(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rows, rows + 0.1])
+
+    monkeypatch.setattr("posthoc.recipes.tau_methods.gather_rows", twice)
+    for gather in (True, False):
+        config = small(method="simclr", gather=gather)
+        method = make_method(make_network(config, some_images(64)), config)
+        both = torch.stack([method.network(view)[1] for view in views], 1)
+        rows = twice(both) if gather else both
+        torch.testing.assert_close(method(*views, 0, []), NTXent(0.1)(rows[:, 0], rows[:, 1]))
 
 
 def test_batches_hold_what_a_method_takes() -> None:
@@ -285,6 +308,20 @@ def test_every_frozen_network_has_its_own_preprocessing() -> None:
     assert simclr.preprocessing["mean"][0] == pytest.approx(0.485)
     with pytest.raises(BackboneError, match="--backbone byol: no package fetches its weights"):
         frozen_backbone(TauConfig(backbone="byol", data_dir=Path("nowhere")))
+
+
+def test_a_frozen_networks_images_may_lie_in_a_folder(folder: Path) -> None:
+    for split, count in (("train", 3), ("test", 2)):
+        for label in "ab":
+            place = folder / "photos" / split / label
+            place.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(np.full((5, 6, 3), 10 * number, np.uint8)).save(place / f"{number}.png")
+    config = TauConfig(dataset=str(folder / "photos"), backbone="resnet20")
+    assert len(open_set(config, "train")) == 6
+    assert open_set(config, "test").column("label").tolist() == [0, 0, 1, 1]
+    named = TauConfig(dataset="fashion-mnist", data_dir=folder / "data", backbone="resnet20")
+    assert len(open_set(named, "test")) == 397
 
 
 def test_the_networks_own_weights_are_found_in_a_pretrainings(generator: torch.Generator) -> None:
