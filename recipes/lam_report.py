@@ -13,7 +13,7 @@ import torch
 from ..adapters.metric_predictive import MetricEmbedding
 from ..eval import metrics
 from ..eval import retrieval_statistics as retrieval
-from ..eval.plots import COLOURS, DASHES, FAINT, GREYS, legend, page
+from ..eval.plots import COLOURS, DASHES, FAINT, GREYS, MARKERS, legend, page
 from ..eval.search import neighbours
 from .lam_data import Part
 
@@ -134,7 +134,7 @@ def draw(path: Path, judged: Mapping[str, Judged]) -> None:
     with page(path, 13.0, 4.6) as figure:
         left, middle, right = figure.subplots(1, 3)
         for name, one in judged.items():
-            curve = retrieval.sparsification(one.uncertainty, one.hit)
+            curve = metrics.accuracy_rejection_curve(one.uncertainty, one.hit, retrieval.DROPPED)
             left.plot(100 * retrieval.DROPPED, curve, label=name, **style[name])
             if one.votes is not None:
                 sizes, accuracy, mean = retrieval.vote_bins(*one.votes)
@@ -146,14 +146,13 @@ def draw(path: Path, judged: Mapping[str, Judged]) -> None:
         marked = [(method, one.row) for method, one in judged.items() if names and names[0] in one.row]
         for place, (method, row) in enumerate(marked):
             for i, name in enumerate(names):
-                right.plot(
-                    row[name], place, "osD^vP"[i % 6], color=style[method]["color"], label=None if place else name
-                )
+                label = None if place else name.removeprefix("AUROC ")
+                right.plot(row[name], place, MARKERS[i % 6], color=style[method]["color"], label=label)
         right.set_yticks(range(len(marked)), [method for method, _ in marked])
         right.axvline(0.5, color=FAINT)
         right.set(title="Other images less certain", xlabel="AUROC")
-        if names:
-            right.legend([name.removeprefix("AUROC ") for name in names], loc="best")
+        if marked:
+            right.legend(loc="best")
         legend(figure, left, 4)
 
 

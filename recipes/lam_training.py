@@ -36,12 +36,12 @@ WATCHED = 1000
 """Held-out images that are watched at most."""
 TRIPLETS = 512
 """Mined triplets of a step that HIB compares samples of at most."""
-ORDER, TRAINING, OBJECTIVE, START = 401, 402, 403, 404  # places of the random numbers
+ORDER, TRAINING, OBJECTIVE = 401, 402, 403  # places of the random numbers
 WARMUP, DECAY = 0.05, 0.01
 """Share of the steps in which a cosine's learning rate rises; of an exponential, per epoch (the paper)."""
 
 MISSING = "validation_missing"
-
+"""The figure whose lowest value decides which epoch is kept."""
 Batch = tuple[Tensor, Tensor, list[torch.Generator], torch.Generator]
 
 
