@@ -1,0 +1,284 @@
+"""Parts of the recipe `lam` against brute force and golden numbers: losses, states, networks, answers, figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal
+from torch.nn import functional
+
+from posthoc.adapters.distributed import Launch
+from posthoc.adapters.losses import ContrastiveMetric, HedgedGaussian
+from posthoc.adapters.metric_curvature import pair_diagonal, signed_pairs
+from posthoc.adapters.metric_laplace import MetricPosterior
+from posthoc.adapters.metric_predictive import MetricEmbedding, summarise
+from posthoc.adapters.metric_training import MetricObjective
+from posthoc.adapters.mining import mine_triplets
+from posthoc.adapters.positives import label_masks
+from posthoc.adapters.training_loop import step_generator
+from posthoc.recipes.lam import LamConfig
+from posthoc.recipes.lam_data import Part, PixelPictures
+from posthoc.recipes.lam_methods import DropoutHead, EnsembleHead, PosteriorHead, noise_precision
+from posthoc.recipes.lam_networks import EmbeddingNetwork, GeneralisedMean, make_network
+from posthoc.recipes.lam_report import found_images, judge, table
+from posthoc.recipes.lam_training import BLOCK, TRIPLETS, Batches, FaceObjective, HedgedObjective, Step
+from posthoc.recipes.running import seeded
+
+from .test_lam import SIZE
+
+# losses and states of a training
+
+
+def labelled(rows: int = 48, features: int = 6, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    label = torch.arange(rows) % classes
+    return torch.randn(classes, features, generator=rng)[label] + torch.randn(rows, features, generator=rng), label
+
+
+def test_an_online_step_remembers_the_curvature_at_the_drawn_weights() -> None:
+    x, label = labelled()
+    layer = nn.Linear(6, 3)
+    posterior = MetricPosterior(6, 3, approximation="fixed", margin=0.5)
+    posterior.take(layer.weight, layer.bias, 2.0)
+    objective = MetricObjective(layer, ContrastiveMetric(0.5), posterior, memory=0.9, rows=480, precision=3.0)
+    loss = objective.of_inputs(x, label, step_generator(5))
+    noise = torch.randn(21, generator=step_generator(5), dtype=torch.float64).float() / 5.0**0.5
+    weight, bias = layer.weight + noise[:18].view(3, 6), layer.bias + noise[18:]
+    assert float(loss.detach()) == pytest.approx(
+        float(ContrastiveMetric(0.5)(functional.linear(x, weight, bias), label).detach())
+    )
+    found = posterior.batch_curvature(x, label, weight.detach(), bias.detach())
+    expected = 0.9 * 2.0 + (480 / 48 * 0.1 * found[0]).clamp(min=0)
+    torch.testing.assert_close(posterior.curvature_weight.double(), expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    assert layer.weight.grad is not None
+
+
+def test_reference_has_the_sign_of_the_papers_code(shared: Path) -> None:
+    golden = np.load(shared / "golden/lam/hess_arccos_linear.npz")
+    weight, bias = (torch.from_numpy(golden["theta"])[part] for part in (slice(0, 20), slice(20, 24)))
+    x = torch.from_numpy(golden["x"])
+    index = {name: torch.from_numpy(golden[f"idx_{name}"]) for name in "apn"}
+    for short, approximation in (("pos", "positives"), ("full", "full"), ("fix", "fixed")):
+        pairs, cross = signed_pairs((index["a"], index["p"]), (index["a"], index["n"]), approximation)
+        parts = pair_diagonal(x, weight.view(4, 5), bias, pairs, loss="arccos", cross=cross, reference=True)
+        np.testing.assert_allclose(
+            torch.cat([part.flatten() for part in parts]), golden[f"ref_{short}"], rtol=1e-9, atol=1e-9
+        )
+    posteriors = [MetricPosterior(5, 4, loss="arccos", reference=one) for one in (True, False)]
+    label = torch.arange(9) % 3
+    values = [one.double().batch_curvature(x, label, weight.view(4, 5), bias)[0] for one in posteriors]
+    assert not torch.allclose(*values)
+
+
+def test_hib_is_its_loss_of_the_mined_triplets() -> None:
+    config = LamConfig(margin=0.5, miner="semihard", kl_weight=1e-3)
+    x, label = labelled(rows=16)
+    objective = HedgedObjective(gaussian_of(x), config)
+    found = objective.of_inputs(x, label, step_generator(1))
+    mean, log_variance = objective.gaussian.posterior(x)
+    a, p, n = mine_triplets(mean.detach(), *label_masks(label), 0.5, "semihard")
+    assert 0 < len(a) < TRIPLETS
+    parts = [Normal(mean[i], (0.5 * log_variance[i]).exp()) for i in (a, p)]
+    far = Normal(mean[n][:, None], (0.5 * log_variance[n]).exp()[:, None])
+    loss = HedgedGaussian(kl_weight=1e-3, squared=True, normalized=True, reading="mean-log")
+    expected = loss(*parts, far, generator=step_generator(1))
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_pfe_is_the_mean_over_positive_pairs() -> None:
+    x, label = labelled(rows=12)
+    objective = FaceObjective(gaussian_of(x))
+    with torch.no_grad():
+        mean, log_variance = objective.gaussian.posterior(x)
+        terms = []
+        for i in range(12):
+            for j in range(i):
+                if label[i] == label[j]:
+                    v = log_variance[i].exp() + log_variance[j].exp()
+                    terms.append(((mean[i] - mean[j]) ** 2 / v + v.log()).mean())
+        assert float(objective.of_inputs(x, label, step_generator(0))) == pytest.approx(
+            float(torch.stack(terms).mean()), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("kind", ["hib", "pfe"])
+def test_a_batch_with_nothing_to_compare_can_be_gone_back_through(kind: str) -> None:
+    x, label = labelled(rows=4)
+    objective: Any = HedgedObjective(gaussian_of(x), LamConfig()) if kind == "hib" else FaceObjective(gaussian_of(x))
+    loss = objective.of_inputs(x, label, step_generator(0))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+
+
+def gaussian_of(x: torch.Tensor) -> Any:
+    from posthoc.adapters.embedding_baselines import GaussianEmbedding
+
+    gaussian = GaussianEmbedding(samples=4)
+    with seeded(0):
+        gaussian.network = nn.Linear(x.shape[1], 3)
+    gaussian.start(x.shape[1], 3, 0)
+    with torch.no_grad():
+        gaussian.variance[-1].weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    return gaussian
+
+
+def test_the_blocks_of_a_batch_are_those_of_any_process() -> None:
+    part = Part(
+        PixelPictures(np.random.default_rng(0).integers(0, 256, (100, *SIZE), np.uint8), False), np.arange(100) % 5
+    )
+    config = LamConfig(batch_size=64)
+    whole = Batches(part, config, Launch(0, 1), 0)(4)
+    halves = [Batches(part, config, Launch(rank, 2), 0)(4) for rank in (0, 1)]
+    assert torch.equal(torch.cat([half[0] for half in halves]), whole[0])
+    assert all(torch.equal(half[1], whole[1]) for half in halves), "the targets are all processes'"
+    apart = [Batches(part, LamConfig(batch_size=64, gather=False), Launch(rank, 2), 0)(4) for rank in (0, 1)]
+    assert torch.equal(torch.cat([half[1] for half in apart]), whole[1])
+    network = network_of(0.4)
+    network.mask(BLOCK, whole[2])
+    together = [one.mask for one in network.dropouts()]
+    network.mask(BLOCK, [one for half in halves for one in half[2]])
+    assert all(torch.equal(a, b.mask) for a, b in zip(together, network.dropouts(), strict=True))
+    assert together[0].shape == (64, 32)
+
+
+# networks and answers
+
+
+def network_of(rate: float = 0.0) -> EmbeddingNetwork:
+    with seeded(0):
+        return make_network("pooled", SIZE, 5, rate=rate)
+
+
+def images(count: int = 6) -> torch.Tensor:
+    return torch.rand(count, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "features"), [("pooled", SIZE, 576), ("pooled", (3, 32, 32), 1024), ("wide", SIZE, 9216)]
+)
+def test_the_papers_networks(name: str, size: tuple[int, int, int], features: int) -> None:
+    """spec/lam.md section 7: sizes of the last layer's inputs."""
+    network = make_network(name, size, 3)
+    assert network.head.in_features == features
+    assert network(torch.rand(2, *size)).shape == (2, 3)
+
+
+def test_dropout_has_one_mask_for_all_images_of_a_draw() -> None:
+    network = network_of(0.5)
+    head = DropoutHead(network, 3, seed=0)
+    with torch.no_grad():
+        both, alone = head(images()), head(images()[2:3])
+        assert both.samples is not None
+        assert alone.samples is not None
+        torch.testing.assert_close(both.samples[:, 2], alone.samples[:, 0])
+        assert not torch.allclose(both.samples[0], both.samples[1])
+        first = next(network.dropouts())
+        assert first.mask is None
+        kept = first.draw(2000, torch.Generator().manual_seed(0))
+        assert set(kept.unique().tolist()) == {0.0, 2.0}
+        assert float(kept.mean()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_members_are_turned_onto_the_first() -> None:
+    network, turned = network_of(), network_of()
+    rotation = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0))).Q
+    with torch.no_grad():
+        turned.head.weight.copy_(rotation @ network.head.weight)
+        turned.head.bias.copy_(rotation @ network.head.bias)
+        training = images(40)
+        one = EnsembleHead([network, turned], training, align=True)(images())
+        other = EnsembleHead([network, turned], training, align=False)(images())
+    assert float(one.uncertainty.max()) < 1e-5
+    assert float(other.uncertainty.min()) > 1e-3
+    torch.testing.assert_close(
+        one.mean_direction, functional.normalize(network(images()), dim=-1).detach(), atol=1e-4, rtol=0
+    )
+
+
+def test_the_noise_of_an_online_start_is_a_tenth() -> None:
+    network, x = network_of(), torch.rand(200, 576, generator=torch.Generator().manual_seed(0))
+    precision = noise_precision(network, x)
+    posterior = MetricPosterior(576, 5, prior_precision=precision)
+    posterior.take(network.head.weight, network.head.bias)
+    with torch.no_grad():
+        share = posterior.gaussian(x)[1].sum(-1) / network.head(x).square().sum(-1)
+    assert float(share.median()) == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_posterior_answers_in_closed_form_or_as_the_paper() -> None:
+    x, label = labelled(rows=200)
+    posterior = MetricPosterior(6, 4, prior_precision=30.0)
+    with seeded(0):
+        layer = nn.Linear(6, 4)
+    posterior.take(layer.weight, layer.bias)
+    posterior.fit(x, label)
+    noise = posterior.noise(400, torch.Generator().manual_seed(0))
+    ours, theirs = (PosteriorHead(posterior, noise, reference)(x) for reference in (False, True))
+    assert ours.samples is not None
+    torch.testing.assert_close(ours.uncertainty, summarise(ours.samples).uncertainty, atol=0.02, rtol=0.2)
+    torch.testing.assert_close(theirs.spread, ours.samples.std(0))
+
+
+def test_generalised_mean_is_the_mean_of_powers() -> None:
+    maps = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    expected = maps.double().pow(3).mean((2, 3)).pow(1 / 3)
+    torch.testing.assert_close(GeneralisedMean()(maps).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_timm_trunk_keeps_its_statistics_and_trains_all_else() -> None:
+    with seeded(0):
+        network = make_network("test_resnet", (3, 64, 64), 4)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    step = Step(network, MetricObjective(network.head, ContrastiveMetric(0.7)), gather=True).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    pictures = torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    step(pictures, torch.arange(32) % 4, [step_generator(0), step_generator(1)], step_generator(2)).backward()
+    assert all(p.grad is not None for p in network.parameters())
+    optimizer.step()
+    still = [name for name, value in network.state_dict().items() if torch.equal(value, before[name])]
+    assert {name for name in before if "running" in name or "batches" in name} <= set(still)
+    assert "trunk.pool.power" not in still
+
+
+# figures
+
+
+@pytest.mark.parametrize("name", ["retrieval_a", "retrieval_b"])
+def test_figures_are_the_references(shared: Path, name: str) -> None:
+    golden = np.load(shared / f"golden/lam/{name}.npz")
+    z, label = torch.from_numpy(golden["z"]), golden["labels"]
+    part = Part(PixelPictures(np.zeros((len(z), *SIZE), np.uint8), False), label)
+    zeros = torch.zeros(len(z))
+    samples = torch.from_numpy(golden["z_samples"]).transpose(0, 1)
+    score = np.random.default_rng(0).random(len(z))
+    found = judge(MetricEmbedding(z, z, 0 * z, zeros, zeros, zeros, samples), part, {}, score, reference=True).row
+    for k, value in zip((5, 10, 20), golden["map_at_5_10_20"], strict=True):
+        assert found[f"reference mAP@{k}"] == pytest.approx(value, abs=1e-9)
+    for k, value in zip((1, 5, 10, 20), golden["recall_at_1_5_10_20"], strict=True):
+        assert found[f"recall@{k}"] == pytest.approx(value, abs=1e-9)
+    assert found["vote ECE"] == pytest.approx(float(golden["ece_last_bin_inclusive"]), abs=1e-6)
+    assert found["reference vote ECE"] == pytest.approx(float(golden["ece_ref"]), abs=1e-6)
+
+
+def test_places_are_found_within_25_metres_of_a_query() -> None:
+    rng = np.random.default_rng(0)
+    target, query = rng.uniform(0, 200, (60, 2)), np.arange(60) % 3 == 0
+    z = functional.normalize(torch.from_numpy(rng.normal(size=(60, 4))), dim=1).numpy()
+    found = found_images(z, Part(PixelPictures(np.zeros((60, *SIZE), np.uint8), False), target, query))
+    rows, places = np.flatnonzero(query), np.flatnonzero(~query)
+    for i, row in enumerate(rows):
+        near = np.linalg.norm(target[places] - target[row], axis=1) < 25
+        order = np.argsort(-(z[places] @ z[row]))[: found.hits.shape[1]]
+        np.testing.assert_array_equal(found.hits[i], near[order])
+        assert found.positives[i] == near.sum()
+
+
+def test_the_table_names_what_every_set_has() -> None:
+    rows = {"a": {"mAP@5": 0.5, "AUROC x y": 0.75, "AUPR x y": 0.25}, "b": {"mAP@5": 1.0}}
+    assert table(rows).splitlines()[2:] == ["| a | 0.500 | 0.750 | 0.250 |", "| b | 1.000 |  |  |"]
