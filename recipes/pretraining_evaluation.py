@@ -172,6 +172,13 @@ def ood_tables(
     return tables
 
 
+def save_scores(folder: Path, scores: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """The scores of each set's images as files SET.npz that `posthoc eval ood` reads, in the order of the images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, one in scores.items():
+        np.savez(folder / f"{Path(name).name}.npz", **one)
+
+
 def auroc(tables: Mapping[str, Any], name: str, score: str) -> float:
     """The AUROC of one score against one set, out of `ood_tables`: 1 where it is higher for all images of the other set."""
     return float(tables[name]["scores"][score]["auroc"]["value"])

@@ -38,7 +38,16 @@ from .pretraining import (
     pretrain,
     throughput,
 )
-from .pretraining_evaluation import Encoded, certainty_grid, encode, ood_tables, other_sets, picture_of, worth
+from .pretraining_evaluation import (
+    Encoded,
+    certainty_grid,
+    encode,
+    ood_tables,
+    other_sets,
+    picture_of,
+    save_scores,
+    worth,
+)
 from .pretraining_networks import PretrainingNetwork, image_encoder, projection_head, synchronised
 from .running import Run, check_counts, check_positive, seeded
 from .tau_methods import UNCERTAIN, Batches, Method, make_method, with_dropout
@@ -283,6 +292,7 @@ def evaluate(config: TauConfig, run: Run, members: Sequence[Member], judged: Jud
     for name, score in judged.live.items():
         (inside if name == config.dataset else outside[name])["ODIN"] = score
     own = [name for name in inside if name not in ("kNN", "1/feature-norm")] or ["kNN"]
+    save_scores(config.output / "scores", {config.dataset: inside, **outside})
     shown = {name: inside[name] for name in own}
     words = CLASSES.get(config.dataset)
     certainty_grid(config.output / "certainty.png", picture_of(test), test.label, shown, words)

@@ -23,7 +23,15 @@ from ..adapters.weights import load_strictly, read_checkpoint
 from ..eval.baselines import LOGIT_SCORES, inverse_norm, knn
 from ..eval.datasets import default_data_dir, is_named, open_named
 from .cifar10h_networks import cifar_backbone
-from .pretraining_evaluation import Chosen, certainty_grid, ood_tables, other_sources, shaped_like, spread_over
+from .pretraining_evaluation import (
+    Chosen,
+    certainty_grid,
+    ood_tables,
+    other_sources,
+    save_scores,
+    shaped_like,
+    spread_over,
+)
 from .running import Run, seeded
 from .small_image_networks import DEPTHS
 from .tau_report import draw_ood, ood_lines
@@ -47,8 +55,10 @@ class Known(NamedTuple):
 
 KNOWN = {
     "resnet50": Known("resnet50.tv_in1k", True, False),
-    "simclr": Known("resnet50", False, True),
-    "byol": Known("resnet50", False, True),
+    "simclr": Known(
+        "resnet50.tv_in1k", False, True
+    ),  # of it the architecture and the preprocessing, which was theirs too
+    "byol": Known("resnet50.tv_in1k", False, True),
     "clip": Known("vit_base_patch32_clip_224.openai", True, True),
 }
 
@@ -62,7 +72,8 @@ def frozen_backbone(config: TauConfig) -> Backbone:
     if name in DEPTHS:
         return cifar_backbone(name, config.checkpoint, config.data_dir, config.random_weights, config.seed)
     known = KNOWN.get(name, Known(name, True, False))
-    stored = Path(config.data_dir or default_data_dir()).expanduser() / f"{known.timm}.safetensors"
+    file = f"{known.timm if known.fetched else name}.safetensors"
+    stored = Path(config.data_dir or default_data_dir()).expanduser() / file
     checkpoint = config.checkpoint
     if checkpoint is None and not config.random_weights and stored.is_file():
         checkpoint = stored
@@ -161,6 +172,7 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
 
         own = {name: inside[name] for name in ("tau", "-r^2, as released")}
         label = features[config.dataset].label
+        save_scores(config.output / "scores", {config.dataset: inside, **scores})
         certainty_grid(config.output / "certainty.png", picture, np.arange(len(test)) if label is None else label, own)
         draw_ood(config.output, results["ood"])
         print("\n".join(ood_lines(results["ood"])))

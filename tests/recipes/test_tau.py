@@ -17,6 +17,7 @@ from posthoc.adapters.errors import BackboneError, OptionError
 from posthoc.adapters.losses import HedgedGaussian, NTXent, TaU, TaUMoCo
 from posthoc.adapters.losses.tau import temperature
 from posthoc.adapters.training_loop import step_generator
+from posthoc.eval.ood import Ood
 from posthoc.recipes import tau
 from posthoc.recipes.augmentations import Augmentation
 from posthoc.recipes.digits import load_digits
@@ -79,7 +80,7 @@ def small(**options: Any) -> TauConfig:
     return TauConfig(**{"width": 8, "hidden": 16, "dim": 6, "batch_size": 32, **options})
 
 
-def test_it_learns_and_says_what_it_found(folder: Path) -> None:
+def test_it_learns_and_says_what_it_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*SMALL, "--epochs", "8", "--every", "4", "--lr", "3e-3", "--check", "--reference", "--output", "learns"]
     words[words.index("--throughput-steps") + 1] = "1"
     found = results("tau", words, folder)
@@ -96,6 +97,10 @@ def test_it_learns_and_says_what_it_found(folder: Path) -> None:
     assert scores["kNN"]["auroc"]["value"] > 0.6  # of noise
     assert found["scores"]["tau"][0] >= 0.1
     assert 0 < found["throughput"]["share"] < 2
+    table = Ood(id="learns/scores/fashion-mnist.npz", ood=("learns/scores/mnist.npz",), resamples=100)
+    monkeypatch.chdir(folder)
+    (again,) = table.tables()
+    assert again.as_dict()["scores"]["tau"]["auroc"]["value"] == pytest.approx(scores["tau"]["auroc"]["value"])
     for name in ("training.png", "ood.png", "certainty.png", "config.json"):
         assert (folder / "learns" / name).is_file()
 
@@ -282,7 +287,7 @@ def test_networks_are_compiled_where_it_is_asked_for(folder: Path, monkeypatch: 
 
 
 def test_a_head_on_a_frozen_network(folder: Path) -> None:
-    words = "--backbone resnet20 --random-weights --train-images 100 --test-images 60 --ood-images 40 --dataset fashion-mnist"
+    words = "--backbone resnet20 --random-weights --train-images 200 --test-images 60 --ood-images 40 --dataset fashion-mnist"
     more = [*words.split(), "--data-dir", "data", "--cache-dir", "store", "--views", "2"]
     found = results("tau", [*more, "--reference", "--output", "views"], folder)
     assert found["positives"] == "views"
