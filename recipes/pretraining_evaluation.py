@@ -176,7 +176,8 @@ def save_scores(folder: Path, scores: Mapping[str, Mapping[str, np.ndarray]]) ->
     """The scores of each set's images as files SET.npz that `posthoc eval ood` reads, in the order of the images."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, one in scores.items():
-        np.savez(folder / f"{Path(name).name}.npz", **one)
+        arrays: dict[str, Any] = dict(one)
+        np.savez(folder / f"{Path(name).name}.npz", **arrays)
 
 
 def auroc(tables: Mapping[str, Any], name: str, score: str) -> float:
