@@ -131,7 +131,7 @@ PAPER: dict[str, Any] = {
 
 PRESETS: dict[str, running.Preset] = {
     "smoke": {
-        "dataset": "fashion-mnist", "width": 16, "hidden": 128, "dim": 32, "train_images": 3500, "epochs": 5, "every": 5,
+        "dataset": "fashion-mnist", "width": 16, "hidden": 128, "dim": 32, "train_images": 3500, "epochs": 5,
         "lr": 2e-3, "probe_images": 2000, "ood_images": 300, "throughput_steps": 3, "check": True,
     },
     "default": {},

@@ -27,7 +27,8 @@ def draw(folder: Path, records: Sequence[Sequence[Record]], results: Mapping[str
         axes[1].set(title=shares[0].replace("_", " "), xlabel="step", ylim=(0, None))
         for place, name in enumerate(temperatures):
             line = [record[name] for record in records[0]]
-            axes[2].plot(steps, line, color=COLOURS[place], linestyle=("-", *DASHES)[place], label=f"{name[4:]} %")
+            look = {"color": COLOURS[place], "linestyle": ("-", *DASHES)[place], "marker": MARKERS[place]}
+            axes[2].plot([record["step"] for record in records[0]], line, **look, label=f"{name[4:]} %")
         if temperatures:
             axes[2].set(title="Temperatures of held-out views", xlabel="step")
             axes[2].legend(title="quantile")

@@ -25,6 +25,7 @@ from posthoc.recipes.networks import StridedConvNet
 from posthoc.recipes.pretraining import own_view_found
 from posthoc.recipes.pretraining_evaluation import Encoded, encode
 from posthoc.recipes.pretraining_networks import PretrainingNetwork
+from posthoc.recipes.running import parse
 from posthoc.recipes.small_image_networks import small_image_network
 from posthoc.recipes.tau import TauConfig, make_network, watched
 from posthoc.recipes.tau_methods import (
@@ -341,6 +342,13 @@ def test_the_networks_own_weights_are_found_in_a_pretrainings(generator: torch.G
         encoder_weights({f"{k}.{name}": value for k in "ab" for name, value in own.items()}, network, Path("x"))
     with pytest.raises(BackboneError, match="none"):
         encoder_weights({"0.weight": own["0.weight"]}, network, Path("x"))
+
+
+@pytest.mark.parametrize("preset", tau.PRESETS)
+def test_every_preset_is_a_config(preset: str) -> None:
+    config = parse("tau", TauConfig, tau.PRESETS, None, ["--preset", "paper", preset, "--seed", "1337"])
+    assert config.seed == 1337
+    assert {key: getattr(config, key) for key in tau.PRESETS[preset]} == tau.PRESETS[preset]
 
 
 def test_what_cannot_work_is_said_before_it_is_tried(
