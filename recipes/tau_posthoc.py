@@ -163,8 +163,8 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
             "not_read": {name: why for name, why in notes.items() if name not in others},
         }
     )
+    model.save_pretrained(config.output / "adapter")
     if run.launch.is_main:
-        model.save_pretrained(config.output / "adapter")
         small = Images(torch.empty(0, 3, SIDE, SIDE, dtype=torch.uint8), np.empty(0))
 
         def picture(row: int) -> np.ndarray:
