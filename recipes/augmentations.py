@@ -248,7 +248,8 @@ def _gaussians(sigma: Tensor, pixels: int) -> Tensor:
     apart = torch.stack([(i - j).abs(), left, right]).clamp(max=pixels)
     # whole rows of numbers are taken together, one for each image, which is what takes little time
     weight = share.T.contiguous()[apart.flatten()].view(3, pixels, pixels, len(sigma)).sum(0)
-    return (weight / weight.sum(1, keepdim=True)).permute(2, 0, 1).contiguous()
+    weight = weight.permute(2, 0, 1).contiguous()
+    return weight / weight.sum(2, keepdim=True)
 
 
 def _brightness(x: Tensor, factor: Tensor) -> Tensor:

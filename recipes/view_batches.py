@@ -102,8 +102,8 @@ class ViewBatches:
     def __call__(self, step: int) -> tuple[Tensor, ...]:
         x = as_floats(self.pixels[self.rows(step).to(self.device)], self.device)
         generators, shape = self.rows.generators(step), self.pixels.shape[1:]
-        done = [join([draw(self.how, BLOCK, shape, g) for g in generators]) for _ in range(self.views)]
-        return tuple(augment(x, one) for one in done)
+        done = join([draw(self.how, BLOCK, shape, g) for _ in range(self.views) for g in generators])
+        return augment(x.repeat(self.views, 1, 1, 1), done).chunk(self.views)
 
 
 def fixed_views(
