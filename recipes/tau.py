@@ -9,8 +9,8 @@ a baseline; then what its features know of the classes, and how well its scores 
 temperature head is fitted on a frozen pretrained network.
 
 A step of the default (128 images, two views) takes .3 s of one core, 4 epochs about 8 minutes. To expect of 340 steps of a
-network half as wide (--width 16 --train-images 12000 --probe-images 6000 --ood-images 500): linear evaluation 43.1 %, of random features
-32.5 %; AUROC of the temperature .91 against MNIST, of kNN .08. `--preset smoke` takes 26 s of one core.
+network half as wide (--width 16 --train-images 12000 --probe-images 6000 --ood-images 500): linear evaluation 43.1 %, of random
+features 32.5 %; AUROC of the temperature .91 against MNIST, of kNN .08. `--preset smoke` takes 26 s of one core.
 """
 
 from __future__ import annotations
