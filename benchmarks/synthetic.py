@@ -39,8 +39,9 @@ Case = tuple[str, Sequence[str], tuple[int, ...]]
 PARTS: dict[str, tuple[Case, ...]] = {
     "losses": (
         ("MCInfoNCE", (), SEEDS),
-        ("ELK", ("--loss", "elk"), SEEDS),
         ("HIB", ("--loss", "hib"), SEEDS),
+        ("ELK", ("--loss", "elk", "--concentration", "1"), SEEDS),
+        ("ELK, power 20 as in the paper", ("--loss", "elk"), SEEDS[:1]),
     ),
     "samplers": tuple(
         (f"d = {d}, {name}", (*_DIMENSIONS.format(d=d).split(), *words.split()), SAMPLER_SEEDS)
