@@ -52,7 +52,8 @@ from .cifar10h_networks import (
 )
 from .cifar10h_report import Fold, Judged, judge
 from .cifar10h_training import ELK, SOFT, Step, Watch, answer, check_rows, make_loss, train_fold
-from .running import Preset, RecipeConfig, Run, check_counts, check_positive, main, row_blocks, seeded_module
+from .options import Preset, RecipeConfig, check_counts, check_positive
+from .running import Run, main, row_blocks, seeded_module
 
 NETWORK = 303  # place of the random numbers
 

@@ -25,7 +25,8 @@ from ..adapters.losses import ExpectedLikelihoodKernel, HedgedInstance, MCInfoNC
 from ..adapters.training_loop import History, Plan, run_plan, step_generator
 from ..adapters.vmf import VonMisesFisher
 from .encoders import VmfEncoder, paper_encoder
-from .running import Preset, RecipeConfig, Run, check_counts, check_positive, main, row_blocks, scheduled, seeded_module
+from .options import Preset, RecipeConfig, check_counts, check_positive
+from .running import Run, main, row_blocks, scheduled, seeded_module
 from .synthetic_process import CALIBRATION, Family, Numbers, Process, ProcessConfig, make_process
 from .synthetic_report import Truth, draw_plots, final_figures, round_figures
 

@@ -15,7 +15,8 @@ from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import DataError
 from posthoc.eval.datasets import check_there
 from posthoc.recipes import anisotropic, anisotropic_images, anisotropic_process, anisotropic_views, cifar10h, synthetic
-from posthoc.recipes.running import RecipeConfig, parse, row_blocks
+from posthoc.recipes.options import RecipeConfig, parse
+from posthoc.recipes.running import row_blocks
 
 from .recipe_children import records, results
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from posthoc.recipes import anisotropic, anisotropic_images, cifar10h, running, synthetic
+from posthoc.recipes import anisotropic, anisotropic_images, cifar10h, synthetic
+from posthoc.recipes.options import parse, presets_named
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
 RECIPES: dict[str, tuple[Any, Any]] = {
@@ -56,11 +57,11 @@ def test_every_recipe_has_its_section_and_its_launch_line() -> None:
 
 @pytest.mark.parametrize(("name", "words"), LINES)
 def test_a_command_line_is_taken(name: str, words: str) -> None:
-    named, rest = running.presets_named(shlex.split(words, comments=True))
+    named, rest = presets_named(shlex.split(words, comments=True))
     if "images" in named:
         name, named = "images", [one for one in named if one != "images"]
     config, presets = RECIPES[name]
-    running.parse(name, config, presets, None, [*(["--preset", *named] if named else []), *rest])
+    parse(name, config, presets, None, [*(["--preset", *named] if named else []), *rest])
 
 
 @pytest.mark.parametrize(("name", "text"), SECTIONS, ids=[name for name, _ in SECTIONS])

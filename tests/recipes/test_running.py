@@ -1,4 +1,4 @@
-"""What recipes share: presets on the command line, the run's folder, shares of a batch, trackers."""
+"""What recipes share: the run's folder, shares of a batch, trackers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import OptionError
 from posthoc.adapters.training_loop import step_generator
 from posthoc.recipes import running
-from posthoc.recipes.running import RecipeConfig, Run, row_blocks, seeded_module
+from posthoc.recipes.options import RecipeConfig
+from posthoc.recipes.running import Run, row_blocks, seeded_module
 
 from .recipe_children import results
 
@@ -25,43 +26,9 @@ class Config(RecipeConfig):
 
     steps: int = 3
     """how many"""
-    names: tuple[str, ...] = ()
-    """some"""
 
 
-PRESETS = {"default": {"steps": 5}, "long": {"steps": 50}, "named": {"names": ("a",)}, "paper": {}}
-
-
-def parsed(*words: str) -> Config:
-    return running.parse("some", Config, PRESETS, "About it.", words)
-
-
-def test_presets_are_sets_of_options_and_the_command_line_wins() -> None:
-    assert parsed().steps == 5
-    assert parsed("--preset", "long").steps == 50
-    assert parsed("--preset=named", "--names", "b", "c") == Config(steps=5, names=("b", "c"))  # a variant of default
-    assert parsed("--preset", "named", "paper") == Config(steps=3, names=("a",))
-    both = parsed("--seed", "2", "--preset", "long", "named", "--steps", "7")
-    assert (both.seed, both.steps, both.names) == (2, 7, ("a",))
-
-
-def test_an_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(OptionError, match="did you mean 'long'"):
-        parsed("--preset", "lang")
-
-
-def test_a_seed_is_a_whole_number_of_31_bits() -> None:
-    for seed in ("-1", str(2**31)):
-        with pytest.raises(OptionError, match=f"--seed {seed} was given"):
-            parsed("--seed", seed)
-
-
-def test_help_teaches_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parsed("--help")
-    said = capsys.readouterr().out
-    for words in ("About it.", "long: steps 50", "--steps", "how many", "--resume"):
-        assert words in said
+PRESETS = {"default": {"steps": 5}}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

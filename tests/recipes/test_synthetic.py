@@ -12,7 +12,7 @@ import torch
 from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import PosthocError
 from posthoc.eval.identifiability import orthogonal_alignment
-from posthoc.recipes import running, synthetic, synthetic_process
+from posthoc.recipes import options, running, synthetic, synthetic_process
 from posthoc.recipes.encoders import paper_encoder
 from posthoc.recipes.synthetic import PRESETS, SyntheticConfig, SyntheticStep, make_criterion, stages
 from posthoc.recipes.synthetic_process import Process, make_process
@@ -203,7 +203,7 @@ SCRIPTS = {  # of the paper's table: what differs from its code's defaults
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_papers_scripts_are_presets_on_its_defaults(name: str) -> None:
-    found = running.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", "paper", name])
+    found = options.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", "paper", name])
     defaults = {
         "batch_size": 128, "samples": 128, "negatives": 16, "lr": 1e-4, "phases": 1, "steps": 50_000, "loss": "mcinfonce",
         "kappa_positive": 20.0, "kappa_low": 16.0, "kappa_high": 32.0, "encoder_kappa_low": 16.0, "encoder_kappa_high": 32.0,
