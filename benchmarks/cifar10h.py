@@ -4,7 +4,7 @@
 
 DATA holds CIFAR-10, CIFAR-10H's votes and the weights of ResNet-20 and 56 (`shared/data`). Runs that are there already are
 read, not repeated; one that was killed goes on. Writes and prints table.md. `families` trains four families of networks
-from random weights, with kappa from a network and from the norm: hours on two cores.
+from random weights, with kappa from a network and from the norm: one to two hours of a core.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PARTS: dict[str, dict[str, str]] = {
         "post-hoc, MCInfoNCE": "--preset posthoc mcinfonce --every 25 --backbone resnet56",
     },
     "families": {
-        f"{name}, kappa = {kind}": f"--scratch --train-on train-hard --folds 0 --steps 3000 --every 500 --lr 1e-3 "
+        f"{name}, kappa = {kind}": f"--scratch --train-on train-hard --folds 0 --steps 400 --every 200 --lr 1e-3 "
         f"--backbone {name} --parametrization {kind}"
         for name in FAMILIES
         for kind in ("network", "norm")

@@ -39,8 +39,11 @@ Case = tuple[str, Sequence[str], tuple[int, ...]]
 PARTS: dict[str, tuple[Case, ...]] = {
     "losses": (
         ("MCInfoNCE", (), SEEDS),
-        ("ELK", ("--loss", "elk"), SEEDS),
-        ("HIB", ("--loss", "hib"), SEEDS),
+        # settings that do not collapse, found with seed 1; the paper's, which do, once
+        ("HIB", ("--loss", "hib", "--hib-scale", "20", "--hib-shift", "-8"), SEEDS),
+        ("ELK", ("--loss", "elk", "--concentration", "1"), SEEDS),
+        ("ELK, power 20 as in the paper", ("--loss", "elk"), SEEDS[:1]),
+        ("HIB, a=1, b=0 as in the paper", ("--loss", "hib"), SEEDS[:1]),
     ),
     "samplers": tuple(
         (f"d = {d}, {name}", (*_DIMENSIONS.format(d=d).split(), *words.split()), SAMPLER_SEEDS)

@@ -31,7 +31,8 @@ from . import running
 from .anisotropic_process import Layout, Pairs, Sampler, mixing, precisions, uniform_directions
 from .anisotropic_report import draw, table
 from .encoders import mlp
-from .running import RecipeConfig, Run, check_counts, check_positive, scheduled, seeded_module
+from .options import Preset, RecipeConfig, check_counts, check_positive, presets_named
+from .running import Run, scheduled, seeded_module
 
 JUDGED, REPEATS = 4096, 10
 """Latents that the metrics look at, and how often at other ones at the end."""
@@ -99,7 +100,7 @@ class AnisotropicConfig(RecipeConfig):
         precisions(self.layout, self.dim, self.lowest, self.highest, self.families)
 
 
-PRESETS: dict[str, running.Preset] = {
+PRESETS: dict[str, Preset] = {
     "smoke": {"steps": 1500, "check": True},
     "default": {},
     "bimodal": {"layout": "bimodal"},
@@ -261,7 +262,7 @@ def summary(judge: Judge, acceptance: float, last: Record, speed: float) -> dict
 def main(arguments: Sequence[str] | None = None) -> None:
     """The recipe as a command; preset `images` is `anisotropic_images`'s."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    named, rest = running.presets_named(words)
+    named, rest = presets_named(words)
     if "images" in named:
         from . import anisotropic_images  # which needs torchvision
 

@@ -41,7 +41,8 @@ from .anisotropic_views import (
 from .augmentations import Augmentation
 from .cifar10h_networks import cifar_backbone
 from .networks import StridedConvNet
-from .running import RecipeConfig, Run, check_counts, check_positive, scheduled, seeded_module
+from .options import Preset, RecipeConfig, check_counts, check_positive
+from .running import Run, scheduled, seeded_module
 from .view_batches import Images, ViewBatches, load_images
 
 HELD_OUT = 1000
@@ -110,7 +111,7 @@ class ImagesConfig(RecipeConfig):
             )
 
 
-PRESETS: dict[str, running.Preset] = {
+PRESETS: dict[str, Preset] = {
     "smoke": {
         "train_images": 4000, "read_images": 1000, "steps": 150, "every": 50, "batch_size": 64, "temperature": 0.2,
         "check": True,

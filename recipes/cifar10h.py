@@ -2,10 +2,9 @@
 
     accelerate launch -m posthoc.recipes.cifar10h --data-dir DATA --output runs/cifar10h
 
-Took 29 minutes for the five folds with ResNet-20, on one thread of two cores that five other processes used (2 to 4 s a step;
-forward and backward of its 128 images take .7 s on an idle core). To expect, seed 0, all 10,000 test images out of
-fold: Spearman of 1/kappa with the votes' entropy .379 (entropy of the softmax .359), with what a crop cuts away .80
-(1/feature-norm .59), recall@1 .886 (the backbone's features .878).
+Took 26 minutes for the five folds with ResNet-20, on one thread of two cores that other processes used (.8 s a step of 128
+images). To expect, seed 0, all 10,000 test images out of fold: Spearman of 1/kappa with the votes' entropy .399 (entropy of
+the softmax .359), with what a crop cuts away .76 (1/feature-norm .59), recall@1 .889 (the backbone's features .882).
 """
 
 from __future__ import annotations
@@ -53,7 +52,8 @@ from .cifar10h_networks import (
 )
 from .cifar10h_report import Fold, Judged, judge
 from .cifar10h_training import ELK, SOFT, Step, Watch, answer, check_rows, make_loss, train_fold
-from .running import Preset, RecipeConfig, Run, check_counts, check_positive, main, row_blocks, seeded_module
+from .options import Preset, RecipeConfig, check_counts, check_positive
+from .running import Run, main, row_blocks, seeded_module
 
 NETWORK = 303  # place of the random numbers
 

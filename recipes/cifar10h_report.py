@@ -315,5 +315,7 @@ def draw(
                     label = f"{name}: {'coverage' if what == 'coverage' else 'share of the gallery'}"
                     axes[1, 1].plot(kappa, [row[f"{name}_{what}"] for row in rows], dash, marker=marker, label=label)
             axes[1, 1].set(title=f"Credible sets of {1 - ALPHA:.0%}", xlabel="kappa", xscale="log", ylim=(0, 1))
+            axes[1, 1].set_xticks(kappa, [f"{one:.3g}" for one in kappa])
+            axes[1, 1].minorticks_off()
             axes[1, 1].legend(fontsize=8)
         legend(figure, axes[0, 1], 4)

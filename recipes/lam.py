@@ -23,7 +23,8 @@ from .lam_data import SIDES, DataOptions, Dataset, load_sets
 from .lam_methods import BASELINES, METHODS, VARIANTS, Methods, answers, scores
 from .lam_report import Judged, as_results, draw, judge, table
 from .lam_training import BLOCK
-from .running import Preset, RecipeConfig, Run, check_counts, check_positive, row_blocks
+from .options import Preset, RecipeConfig, check_counts, check_positive
+from .running import Run, row_blocks
 
 LEARNT = 0.02
 """By how much training raises the mAP@5 of held-out images, at least, for --check."""

@@ -23,8 +23,9 @@ from torch.nn import functional
 from ..adapters.errors import DataError, OptionError
 from ..adapters.training_loop import History, Plan, Record, run_plan
 from .augmentations import Augmentation
+from .options import RecipeConfig, check_counts, check_positive
 from .pretraining_networks import SMALL, Norm
-from .running import RecipeConfig, Run, check_counts, check_positive, scheduled
+from .running import Run, scheduled
 from .view_batches import Images, load_images
 
 HELD_OUT = 1000

@@ -1,26 +1,22 @@
-"""What every recipe shares: its options on the command line with named presets, and the folder of its run.
+"""What every recipe shares besides its options (`options`): the command, and the folder of its run.
 
     accelerate launch -m posthoc.recipes.NAME --preset smoke --output runs/first
 
-A preset is a set of options. Several may be named: a size (default, where none is named) and variants of it; later ones
-win, and what stands beside them on the command line wins over all. A run's folder holds config.json, a folder with
-metrics.jsonl and checkpoint.pt for each of its trainings, results.json and the plots. `--resume` continues an unfinished run
-to the result that an unbroken one has; a finished one it leaves as it is.
+A run's folder holds config.json, a folder with metrics.jsonl and checkpoint.pt for each of its trainings, results.json and
+the plots. `--resume` continues an unfinished run to the result that an unbroken one has; a finished one it leaves as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,58 +24,16 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..adapters.distributed import Launch, check_launch
-from ..adapters.errors import OptionError, PosthocError, suggest
+from ..adapters.errors import OptionError, PosthocError
 from ..adapters.persistence import plain, write_run
 from ..adapters.training import warmup_cosine
 from ..adapters.training_loop import Record, step_generator
 from ..eval.extras import require
 from ..eval.results import made_now
+from .options import C, Preset, RecipeConfig, parse
 
-SIZES = ("default", "smoke", "paper")
-"""Presets that others are laid on: the first where none of them is named."""
-Tracker = Literal["tensorboard", "wandb", "trackio"]
-Preset = Mapping[str, Any]
 NOT_OF_THE_RESULT = ("output", "resume", "tracker", "cache_dir", "data_dir")
 """Options that a run may be continued with other values of."""
-
-
-@dataclass(kw_only=True)
-class RecipeConfig:
-    """The options of every recipe."""
-
-    output: Path = Path("runs")
-    """folder of the run"""
-    seed: int = 0
-    """of every random number"""
-    resume: bool = False
-    """continue the run that is in that folder"""
-    check: bool = False
-    """fail unless the run has learnt what its preset smoke learns"""
-    tracker: tuple[Tracker, ...] = ()
-    """also send the metrics there: tensorboard, wandb or trackio, by accelerate"""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**31:
-            raise OptionError(f"--seed {self.seed} was given; expected a whole number from 0 to 2^31 - 1")
-
-
-def check_counts(config: RecipeConfig, *names: str) -> None:
-    """Raises OptionError for an option of these that is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise OptionError(f"--{name.replace('_', '-')} {getattr(config, name)} was given; expected 1 or more")
-
-
-def check_positive(config: RecipeConfig, *names: str) -> None:
-    """Raises OptionError for an option of these that is not above 0, and finite."""
-    for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise OptionError(
-                f"--{name.replace('_', '-')} {getattr(config, name)} was given; expected a number above 0"
-            )
-
-
-C = TypeVar("C", bound=RecipeConfig)
 
 
 class Run:
@@ -254,45 +208,6 @@ def main(
         if not _is_out_of_memory(error):
             raise
         _fail(f"out of memory ({str(error).splitlines()[0][:200]}): give a smaller {knobs}")
-
-
-def parse(name: str, config: type[C], presets: Mapping[str, Preset], about: str | None, arguments: Sequence[str]) -> C:
-    """The config of a command line. Raises OptionError for an unknown preset, SystemExit as tyro does."""
-    import tyro
-
-    names, rest = presets_named(arguments)
-    options: dict[str, Any] = {}
-    for one in names if set(names) & set(SIZES) else ["default", *names]:
-        if one not in presets:
-            raise OptionError(f"--preset {one!r} is unknown; {suggest(one, presets)}")
-        options.update(presets[one])
-    shown = "\n".join(f"  {key}: {_shown(value)}" for key, value in presets.items())
-    sizes = " or ".join(SIZES)
-    text = f"{about or ''}\n\n--preset NAME [NAME ...] sets several options at once: {sizes}, and variants of it. Without a size"
-    text += f"\nit is {SIZES[0]}.\n{shown}"
-    return tyro.cli(config, prog=f"posthoc.recipes.{name}", description=text, default=config(**options), args=rest)
-
-
-def presets_named(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names that stand behind --preset, and all other words."""
-    names: list[str] = []
-    rest: list[str] = []
-    taking = False
-    for word in arguments:
-        if word == "--preset" or word.startswith("--preset="):
-            taking = True
-            names += word.split("=", 1)[1:]
-        elif word.startswith("-"):
-            taking = False
-            rest.append(word)
-        else:
-            (names if taking else rest).append(word)
-    return names, rest
-
-
-def _shown(options: Preset) -> str:
-    words = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in options.items())
-    return words or "the options' own defaults"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

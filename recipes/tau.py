@@ -29,6 +29,7 @@ from ..adapters.losses.tau import temperature
 from ..adapters.training_loop import History, Record, step_generator
 from ..eval.dataset_classes import CLASSES
 from . import running
+from .options import Preset, check_counts, check_positive
 from .pretraining import (
     PretrainingConfig,
     adamw,
@@ -49,7 +50,7 @@ from .pretraining_evaluation import (
     worth,
 )
 from .pretraining_networks import PretrainingNetwork, image_encoder, projection_head, synchronised
-from .running import Run, check_counts, check_positive, seeded
+from .running import Run, seeded
 from .tau_methods import UNCERTAIN, Batches, Method, make_method, with_dropout
 from .tau_posthoc import run_posthoc
 from .tau_report import draw, table
@@ -129,7 +130,7 @@ PAPER: dict[str, Any] = {
 }  # fmt: skip
 """The released configurations of TaU. Their LARS and weight decay had no effect (docs/recipes.md), so there are none here."""
 
-PRESETS: dict[str, running.Preset] = {
+PRESETS: dict[str, Preset] = {
     "smoke": {
         "dataset": "fashion-mnist", "width": 16, "hidden": 128, "dim": 32, "train_images": 3500, "epochs": 5,
         "lr": 2e-3, "probe_images": 2000, "ood_images": 300, "throughput_steps": 3, "check": True,

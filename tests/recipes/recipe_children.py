@@ -38,7 +38,7 @@ def results_of_two(recipe: str, words: Words, folder: Path) -> dict[str, Any]:
         port = str(free.getsockname()[1])
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", port]
     process = _start(launcher, recipe, words, folder, OMP_NUM_THREADS="1")
-    printed, errors = process.communicate(timeout=240)
+    printed, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     for head in [line for line in printed.splitlines() if line.startswith("|")][:1]:
         assert printed.count(head) == 1
@@ -50,7 +50,7 @@ def kill_at_checkpoint(recipe: str, words: Words, folder: Path, checkpoint: str)
     output = output_of(words, folder)
     assert not (output / checkpoint).exists()
     process = _start([], recipe, words, folder)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (output / checkpoint).exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline

@@ -16,7 +16,7 @@ from posthoc.adapters.losses import AnInfoNCE, AnInfoNCEEnsemble
 from posthoc.recipes import anisotropic, anisotropic_images
 from posthoc.recipes.anisotropic import PRESETS, AnisotropicConfig, Contrast, main
 from posthoc.recipes.anisotropic_process import uniform_directions
-from posthoc.recipes.running import parse
+from posthoc.recipes.options import parse
 
 from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
 

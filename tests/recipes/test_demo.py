@@ -201,9 +201,7 @@ def test_copies_of_an_image_are_resampled_together(made_up: tuple[dict[str, np.n
     assert copied.high - copied.low == pytest.approx((alone.high - alone.low) / 10**0.5, rel=0.2)
 
 
-def test_an_adapter_that_scores_otherwise_is_refused(
-    run: Run, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_that_scores_otherwise_is_refused(run: Run, digits: Digits, tmp_path: Path) -> None:
     model = posthoc.load(run.folder / "adapter", backbone=lite0(demo.SIZE))
     images = [digits.images[row] for row in digits.test[:4]]
     features = model.backbone.extract(images)
@@ -215,9 +213,7 @@ def test_an_adapter_that_scores_otherwise_is_refused(
         demo.keep(model, features, scores, images, tmp_path / "other")
 
 
-def test_what_cannot_be_is_refused_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_is_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     for wrong, why in ((["--limit", "50"], "at least 200"), (["--output", str(tmp_path / "file")], "cannot write")):
         with pytest.raises(SystemExit) as stop:

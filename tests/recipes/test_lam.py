@@ -11,7 +11,7 @@ import torch
 
 from posthoc.recipes import lam
 from posthoc.recipes.lam import PRESETS, LamConfig
-from posthoc.recipes.running import parse
+from posthoc.recipes.options import parse
 
 from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
 

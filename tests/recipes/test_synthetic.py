@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,15 +10,15 @@ import pytest
 import torch
 
 from posthoc.adapters.distributed import Launch
-from posthoc.adapters.errors import OptionError
+from posthoc.adapters.errors import PosthocError
 from posthoc.eval.identifiability import orthogonal_alignment
-from posthoc.recipes import running, synthetic, synthetic_process
+from posthoc.recipes import options, running, synthetic, synthetic_process
 from posthoc.recipes.encoders import paper_encoder
 from posthoc.recipes.synthetic import PRESETS, SyntheticConfig, SyntheticStep, make_criterion, stages
 from posthoc.recipes.synthetic_process import Process, make_process
 from posthoc.recipes.synthetic_report import Truth, _covered, cap_coverage, final_figures, round_figures
 
-from .recipe_children import kill_at_checkpoint, metrics, results
+from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
 
 TINY = {
     "input_dim": 3, "latent_dim": 3, "encoder_dim": 3, "encoder_width": 12, "encoder_hidden": 1, "batch_size": 128,
@@ -83,11 +82,6 @@ def test_steps_draw_other_batches_and_the_same_ones_again() -> None:
     values = [float(step(*place).detach()) for place in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 0))]
     assert values[0] == values[3]
     assert len(set(values)) == 3
-
-
-def test_a_batch_that_cannot_be_shared() -> None:
-    with pytest.raises(OptionError, match="multiple of 256"):
-        step_of(SyntheticConfig(**TINY), Launch(0, 4))  # type: ignore[arg-type]
 
 
 def test_the_papers_half_phases() -> None:
@@ -154,6 +148,13 @@ def test_coverage_is_judged_on_images_the_turn_was_not_fitted_on() -> None:
     assert cap_coverage(nonsense, kappa, truth) < 0.2
 
 
+def test_round_figures_are_those_of_the_library() -> None:
+    process = unbuilt(SyntheticConfig(**TINY))  # type: ignore[arg-type]
+    truth = Truth.of(process, 30, torch.Generator().manual_seed(0))
+    found = round_figures(Turned(process, 2.0), truth)  # type: ignore[arg-type]
+    assert found["kappa_mae"] == pytest.approx(float(truth.kappa.mean()), rel=1e-5)
+
+
 def test_without_ambiguity_only_directions_are_judged(cache: Path, tmp_path: Path) -> None:
     options = {**TINY, **NO_AMBIGUITY, "steps": 5}
     found = synthetic.run(SyntheticConfig(output=tmp_path / "a", cache_dir=cache, **options))  # type: ignore[arg-type]
@@ -202,7 +203,7 @@ SCRIPTS = {  # of the paper's table: what differs from its code's defaults
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_papers_scripts_are_presets_on_its_defaults(name: str) -> None:
-    found = running.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", "paper", name])
+    found = options.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", "paper", name])
     defaults = {
         "batch_size": 128, "samples": 128, "negatives": 16, "lr": 1e-4, "phases": 1, "steps": 50_000, "loss": "mcinfonce",
         "kappa_positive": 20.0, "kappa_low": 16.0, "kappa_high": 32.0, "encoder_kappa_low": 16.0, "encoder_kappa_high": 32.0,
@@ -215,18 +216,6 @@ def test_the_papers_scripts_are_presets_on_its_defaults(name: str) -> None:
     assert getattr(make_criterion(found), "reference", True)
 
 
-def test_every_preset_is_a_config() -> None:
-    for name in PRESETS:
-        config = running.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", name, "--seed", "4"])
-        assert config.seed == 4
-        for option, value in PRESETS[name].items():
-            assert getattr(config, option) == value
-    both = running.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", "smoke", "2d", "--steps", "3"])
-    assert (both.latent_dim, both.steps, both.samples) == (2, 3, PRESETS["smoke"]["samples"])
-    variant = running.parse("synthetic", SyntheticConfig, PRESETS, None, ["--preset", "clear"])
-    assert (variant.kappa_low, variant.encoder_width) == (64.0, PRESETS["default"]["encoder_width"])  # on default
-
-
 def test_concentrations_that_are_infinite_are_not_trained() -> None:
     found = stages(SyntheticConfig(encoder_kappa_low=math.inf, encoder_kappa_high=math.inf))
     assert [stage.name for stage in found] == ["phase-1-mean"]
@@ -236,20 +225,19 @@ def test_two_gloo_processes_are_one(cache: Path, tmp_path: Path) -> None:
     # small steps: noise of rounding stays noise
     options = words(**{**TINY, "lr": 3e-4, "steps": 5, "kappa_steps": 5}, cache_dir=cache, seed=3)
     one = results("synthetic", [*options, "--output", "one"], tmp_path)
-    two = results("synthetic", [*options, "--output", "two"], tmp_path, processes=2)
+    two = results_of_two("synthetic", [*options, "--output", "two"], tmp_path)
     assert one["figures"] == pytest.approx(two["figures"], rel=1e-3)
-    lines = [metrics(tmp_path / name) for name in ("one", "two")]
-    assert lines[0].keys() == lines[1].keys() == {"phase-1-mean", "phase-1-kappa"}
-    for name in lines[0]:
-        losses = [[json.loads(line)["train_loss"] for line in each[name].splitlines()] for each in lines]
+    for name in ("phase-1-mean", "phase-1-kappa"):
+        losses = [[record["train_loss"] for record in records(tmp_path / run, name)] for run in ("one", "two")]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(cache: Path, tmp_path: Path) -> None:
-    options = words(**{**TINY, "steps": 60, "kappa_steps": 60}, cache_dir=cache, seed=3)
+    options = words(**{**TINY, "steps": 30, "kappa_steps": 60}, cache_dir=cache, seed=3)
     whole = results("synthetic", [*options, "--output", "whole"], tmp_path)
     broken = [*options, "--output", "broken"]
-    kill_at_checkpoint("synthetic", broken, tmp_path, "phase-1-kappa/checkpoint.pt")
+    killed = kill_at_checkpoint("synthetic", broken, tmp_path, "phase-1-kappa/checkpoint.pt")
+    assert killed != metrics(tmp_path / "whole")
     with pytest.raises(SystemExit):
         synthetic.command([*options, "--output", str(tmp_path / "broken")])  # it does not go on unasked
     resumed = results("synthetic", [*broken, "--resume"], tmp_path)
@@ -260,8 +248,6 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(cache: Path, tmp_pa
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--preset", "smok"], "did you mean 'smoke'"),
-        (["--seed", "-1"], "--seed -1"),
         (["--steps", "0"], "--steps 0"),
         (["--encoder-kappa-low", "40"], "low <= high"),
         (["--eval-rows", "10"], "24 or more"),
@@ -279,37 +265,7 @@ def test_bad_input_is_one_line(given: list[str], said: str, tmp_path: Path, caps
     assert not list(tmp_path.glob("*.safetensors"))  # nothing was built
 
 
-def test_a_run_with_other_options_is_not_continued(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    synthetic.command([*words(**{**TINY, "steps": 5}), "--output", str(tmp_path / "a"), "--cache-dir", str(cache)])
-    with pytest.raises(SystemExit):
-        synthetic.command([*words(**TINY), "--output", str(tmp_path / "a"), "--resume"])
-    assert "steps is 5 there and 10 here" in capsys.readouterr().err
-
-
-def test_running_out_of_memory_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
-    def run(config: SyntheticConfig) -> None:
-        torch.empty(1 << 60, dtype=torch.uint8)
-
-    with pytest.raises(SystemExit):
-        running.main("synthetic", SyntheticConfig, PRESETS, run, None, "--batch-size", [])
-    assert "give a smaller --batch-size" in capsys.readouterr().err
-
-
-def test_smoke_learns(cache: Path, tmp_path: Path) -> None:
-    config = running.parse(
-        "synthetic", SyntheticConfig, PRESETS, None, ["--preset", "smoke", *words(**{**TINY, "steps": 60})]
-    )
-    config.output, config.cache_dir = tmp_path / "a", cache
-    assert synthetic.run(config)["cosines_spearman"] > 0.5
-    config.output, config.steps, config.lr = tmp_path / "b", 1, 1e-9
-    with pytest.raises(running.PosthocError, match="nothing was learnt"):
+def test_a_run_that_does_not_learn_says_so(cache: Path, tmp_path: Path) -> None:
+    config = SyntheticConfig(**{**TINY, "steps": 1, "lr": 1e-9}, check=True, output=tmp_path / "a", cache_dir=cache)  # type: ignore[arg-type]
+    with pytest.raises(PosthocError, match="nothing was learnt"):
         synthetic.run(config)
-
-
-def test_round_figures_are_those_of_the_library() -> None:
-    process = unbuilt(SyntheticConfig(**TINY))  # type: ignore[arg-type]
-    truth = Truth.of(process, 30, torch.Generator().manual_seed(0))
-    found = round_figures(Turned(process, 2.0), truth)  # type: ignore[arg-type]
-    assert found["kappa_mae"] == pytest.approx(float(truth.kappa.mean()), rel=1e-5)

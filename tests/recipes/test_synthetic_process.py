@@ -108,7 +108,7 @@ def test_positives_and_negatives_follow_the_law(process: Process, matching: bool
 
 
 @pytest.mark.parametrize("family", ["vmf", "gaussian", "laplace"])
-def test_latents_follow_their_family(family: str, cache: Path) -> None:
+def test_latents_follow_their_family(family: str) -> None:
     made = Process(ProcessConfig(inputs=3, dim=5, family=family, lowest=9, highest=9.001))  # type: ignore[arg-type]
     made.encoder.calibrate(torch.rand(100, 3), 9.0, 9.001)
     many = numbers(1, 20_000)
@@ -127,7 +127,7 @@ def test_latents_follow_their_family(family: str, cache: Path) -> None:
     assert stats.ks_2samp(found, other @ mu[0].double().numpy()).pvalue > 0.01
 
 
-def test_the_papers_sampler_is_another_one(cache: Path) -> None:
+def test_the_papers_sampler_is_another_one() -> None:
     spread = []
     for sampler in ("exact", "paper"):
         made = Process(ProcessConfig(inputs=3, dim=64, sampler=sampler))  # type: ignore[arg-type]

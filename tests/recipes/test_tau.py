@@ -22,10 +22,10 @@ from posthoc.recipes import tau
 from posthoc.recipes.augmentations import Augmentation
 from posthoc.recipes.digits import load_digits
 from posthoc.recipes.networks import StridedConvNet
+from posthoc.recipes.options import parse
 from posthoc.recipes.pretraining import own_view_found
 from posthoc.recipes.pretraining_evaluation import Encoded, encode
 from posthoc.recipes.pretraining_networks import PretrainingNetwork
-from posthoc.recipes.running import parse
 from posthoc.recipes.small_image_networks import small_image_network
 from posthoc.recipes.tau import TauConfig, make_network, watched
 from posthoc.recipes.tau_methods import (

@@ -1,0 +1,100 @@
+"""The options of recipes: what each of them has, and named presets on the command line.
+
+    --preset smoke clear --seed 3
+
+A preset is a set of options. Several may be named: a size (default, where none is named) and variants of it; later ones
+win, and what stands beside them on the command line wins over all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ..adapters.errors import OptionError, suggest
+
+SIZES = ("default", "smoke", "paper")
+"""Presets that others are laid on: the first where none of them is named."""
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+Preset = Mapping[str, Any]
+
+
+@dataclass(kw_only=True)
+class RecipeConfig:
+    """The options of every recipe."""
+
+    output: Path = Path("runs")
+    """folder of the run"""
+    seed: int = 0
+    """of every random number"""
+    resume: bool = False
+    """continue the run that is in that folder"""
+    check: bool = False
+    """fail unless the run has learnt what its preset smoke learns"""
+    tracker: tuple[Tracker, ...] = ()
+    """also send the metrics there: tensorboard, wandb or trackio, by accelerate"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**31:
+            raise OptionError(f"--seed {self.seed} was given; expected a whole number from 0 to 2^31 - 1")
+
+
+def check_counts(config: RecipeConfig, *names: str) -> None:
+    """Raises OptionError for an option of these that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise OptionError(f"--{name.replace('_', '-')} {getattr(config, name)} was given; expected 1 or more")
+
+
+def check_positive(config: RecipeConfig, *names: str) -> None:
+    """Raises OptionError for an option of these that is not above 0, and finite."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise OptionError(
+                f"--{name.replace('_', '-')} {getattr(config, name)} was given; expected a number above 0"
+            )
+
+
+C = TypeVar("C", bound=RecipeConfig)
+
+
+def parse(name: str, config: type[C], presets: Mapping[str, Preset], about: str | None, arguments: Sequence[str]) -> C:
+    """The config of a command line. Raises OptionError for an unknown preset, SystemExit as tyro does."""
+    import tyro
+
+    names, rest = presets_named(arguments)
+    options: dict[str, Any] = {}
+    for one in names if set(names) & set(SIZES) else ["default", *names]:
+        if one not in presets:
+            raise OptionError(f"--preset {one!r} is unknown; {suggest(one, presets)}")
+        options.update(presets[one])
+    shown = "\n".join(f"  {key}: {_shown(value)}" for key, value in presets.items())
+    sizes = " or ".join(SIZES)
+    text = f"{about or ''}\n\n--preset NAME [NAME ...] sets several options at once: {sizes}, and variants of it. Without a size"
+    text += f"\nit is {SIZES[0]}.\n{shown}"
+    return tyro.cli(config, prog=f"posthoc.recipes.{name}", description=text, default=config(**options), args=rest)
+
+
+def presets_named(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names that stand behind --preset, and all other words."""
+    names: list[str] = []
+    rest: list[str] = []
+    taking = False
+    for word in arguments:
+        if word == "--preset" or word.startswith("--preset="):
+            taking = True
+            names += word.split("=", 1)[1:]
+        elif word.startswith("-"):
+            taking = False
+            rest.append(word)
+        else:
+            (names if taking else rest).append(word)
+    return names, rest
+
+
+def _shown(options: Preset) -> str:
+    words = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in options.items())
+    return words or "the options' own defaults"

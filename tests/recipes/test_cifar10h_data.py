@@ -1,0 +1,137 @@
+"""The CIFAR-10H recipe's data: votes, five sets, images as a step sees them, pairs against their definition."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from posthoc.adapters.errors import OptionError, PosthocError
+from posthoc.adapters.perturbations import center_crop
+from posthoc.adapters.positives import RowNumbers, SoftLabelPairs, draw_negatives
+from posthoc.adapters.training_loop import step_generator
+from posthoc.recipes.cifar10h_data import ImageInputs, five_sets, fold_rows, load_cifar10h, read_vote_shares
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
+def test_votes_are_shares_or_counts(tmp_path: Path, kind: type) -> None:
+    counts = np.random.default_rng(0).integers(0, 30, (50, 10)) + np.eye(10, dtype=int)[0]
+    table = counts if kind is np.int64 else counts / counts.sum(1, keepdims=True)
+    np.save(tmp_path / "votes.npy", table.astype(kind))
+    read = read_vote_shares(tmp_path / "votes.npy", 50)
+    np.testing.assert_allclose(read, counts / counts.sum(1, keepdims=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("votes", "message"),
+    [
+        (np.ones((49, 10)) / 10, r"expected \[50, classes\]"),
+        (np.ones(50), r"expected \[50, classes\]"),
+        (np.full((50, 10), 0.11), r"50 rows do not sum to 1 \(first: row 0, 1.1\)"),
+        (np.zeros((50, 10), int), "at least one for each image"),
+        (np.full((50, 10), -0.1), "not negative"),
+        (np.full((50, 10), np.nan), "finite"),
+    ],
+)
+def test_a_wrong_file_of_votes_is_refused(tmp_path: Path, votes: np.ndarray, message: str) -> None:
+    np.save(tmp_path / "votes.npy", votes)
+    with pytest.raises(PosthocError, match=message):
+        read_vote_shares(tmp_path / "votes.npy", 50)
+
+
+def test_missing_data_says_what_goes_where(tmp_path: Path) -> None:
+    with pytest.raises(PosthocError, match=r"cifar10h-probs.npy or cifar10h-counts.npy.*cifar-10h.*--labels"):
+        load_cifar10h(tmp_path)
+    np.save(tmp_path / "cifar10h-counts.npy", np.ones((5, 10), int))
+    with pytest.raises(PosthocError, match=r"cifar10 are not in .*torchvision.datasets.CIFAR10"):
+        load_cifar10h(tmp_path)
+
+
+def test_five_folds_test_every_image_once() -> None:
+    sets = five_sets(1003, seed=5)
+    assert [len(part) for part in sets] == [201, 201, 201, 200, 200]
+    tested = []
+    for fold in range(5):
+        train, validation, test = fold_rows(sets, fold)
+        np.testing.assert_array_equal(train, np.sort(np.concatenate([sets[(fold + k) % 5] for k in range(3)])))
+        assert validation is sets[(fold + 3) % 5]
+        assert not set(train) & set(validation)
+        assert not set(test) & (set(train) | set(validation))
+        tested.append(test)
+    np.testing.assert_array_equal(np.sort(np.concatenate(tested)), np.arange(1003))
+    with pytest.raises(OptionError):
+        fold_rows(sets, 5)
+
+
+def test_training_images_are_cropped_moved_and_mirrored() -> None:
+    """A crop, then half of them mirrored, then each moved by its own up to 4 px, what comes in repeating the border."""
+    rng = np.random.default_rng(0)
+    pixels, stored = rng.integers(0, 256, (2, 16, 32, 32, 3), dtype=np.uint8)
+    mean, std = (0.4, 0.5, 0.6), (0.25, 0.2, 0.3)
+    inputs = ImageInputs(pixels, stored, mean, std)
+    every = np.arange(16)
+
+    def as_seen(images: np.ndarray) -> torch.Tensor:
+        scaled = (images / 255 - np.array(mean)) / np.array(std)
+        return torch.from_numpy(scaled).permute(0, 3, 1, 2).float()
+
+    def drawn(crops: float, augment: bool) -> torch.Tensor:
+        return inputs.training(torch.arange(16), crops, augment, step_generator(0))
+
+    plain = as_seen(pixels)
+    for got, expected in (
+        (drawn(0.0, False), plain),
+        (inputs.whole(every), plain),
+        (inputs.whole(every, mirrored=True), plain.flip(3)),
+        (inputs.whole(every, crop=True), as_seen(stored)),
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+    share = torch.rand(16, 2, generator=step_generator(0)).numpy()
+    sides = 0.25 + 0.75 * share[:, 1]
+    cut = [np.asarray(center_crop(Image.fromarray(x), float(f))) for x, f in zip(pixels, sides, strict=True)]
+    wanted = np.where((share[:, 0] < 0.3)[:, None, None, None], cut, pixels)
+    torch.testing.assert_close(drawn(0.3, False), as_seen(wanted), atol=1e-5, rtol=0)
+
+    found = set()
+    for view, image in zip(drawn(0.0, True), plain, strict=True):
+        ways = {}
+        for flip, down, right in product((False, True), range(-4, 5), range(-4, 5)):
+            rows, columns = (np.clip(np.arange(32) + by, 0, 31) for by in (down, right))
+            ways[flip, down, right] = (image.flip(2) if flip else image)[:, rows][:, :, columns]
+        (way,) = [key for key, moved in ways.items() if torch.allclose(view, moved, atol=1e-5)]
+        found.add(way)
+    assert 0.2 < np.mean([flip for flip, *_ in found]) < 0.8
+    assert len(found) > 12
+
+
+def test_positives_follow_the_soft_labels_and_ids_stay_whole() -> None:
+    """P(j | i) is the sum over classes of p_i(c) p_j(c) / sum_k p_k(c); ids beyond 255 are not folded."""
+    rng = np.random.default_rng(1)
+    labels = rng.dirichlet(np.full(3, 0.5), 600).astype(np.float32)
+    rows = np.arange(290, 302)
+    pairs = SoftLabelPairs(RowNumbers(600), labels, rows)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([pairs.draw(torch.full((400,), 295), generator).positive for _ in range(50)])
+    assert drawn.dtype == torch.int64
+    share = np.bincount(drawn.numpy(), minlength=600)[rows] / len(drawn)
+    mass = labels[rows].sum(0)
+    expected = (labels[295] / mass) @ labels[rows].T
+    itself = rows == 295
+    once_more = expected[itself] * expected  # an anchor that drew itself draws once more
+    expected = np.where(itself, expected[itself] ** 2, expected + once_more)
+    np.testing.assert_allclose(share, expected, atol=4 * np.sqrt(0.25 / len(drawn)))
+
+
+def test_negatives_of_hard_labels_are_true() -> None:
+    labels = np.eye(10, dtype=np.float32)[np.arange(1000) % 10]
+    pairs = SoftLabelPairs(RowNumbers(1000), labels, np.arange(1000))
+    batch = pairs.draw(torch.arange(300, 364), torch.Generator().manual_seed(0))
+    columns, has = draw_negatives(batch.negative, 16, torch.Generator().manual_seed(1))
+    assert has.all()
+    assert ((batch.anchor % 10)[:, None] != (batch.positive % 10)[columns]).all()
+    assert (batch.anchor % 10 == batch.positive % 10).all()

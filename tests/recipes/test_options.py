@@ -1,0 +1,55 @@
+"""Options of recipes: presets on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from posthoc.adapters.errors import OptionError
+from posthoc.recipes.options import RecipeConfig, parse
+
+
+@dataclass(kw_only=True)
+class Config(RecipeConfig):
+    """Options of a recipe."""
+
+    steps: int = 3
+    """how many"""
+    names: tuple[str, ...] = ()
+    """some"""
+
+
+PRESETS = {"default": {"steps": 5}, "long": {"steps": 50}, "named": {"names": ("a",)}, "paper": {}}
+
+
+def parsed(*words: str) -> Config:
+    return parse("some", Config, PRESETS, "About it.", words)
+
+
+def test_presets_are_sets_of_options_and_the_command_line_wins() -> None:
+    assert parsed().steps == 5
+    assert parsed("--preset", "long").steps == 50
+    assert parsed("--preset=named", "--names", "b", "c") == Config(steps=5, names=("b", "c"))  # a variant of default
+    assert parsed("--preset", "named", "paper") == Config(steps=3, names=("a",))
+    both = parsed("--seed", "2", "--preset", "long", "named", "--steps", "7")
+    assert (both.seed, both.steps, both.names) == (2, 7, ("a",))
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(OptionError, match="did you mean 'long'"):
+        parsed("--preset", "lang")
+
+
+def test_a_seed_is_a_whole_number_of_31_bits() -> None:
+    for seed in ("-1", str(2**31)):
+        with pytest.raises(OptionError, match=f"--seed {seed} was given"):
+            parsed("--seed", seed)
+
+
+def test_help_teaches_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    said = capsys.readouterr().out
+    for words in ("About it.", "long: steps 50", "--steps", "how many", "--resume"):
+        assert words in said
