@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -147,3 +149,26 @@ def test_export_snippet_answers_as_the_model_does(
     for size in ((300, 200), (31, 90)):
         other = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
         assert np.abs(names["prepare"](other) - model.backbone.prepare([other]).numpy()).max() < 0.01
+
+
+def test_the_recipe_that_is_added_trains(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    blocks = re.findall(r"```python\n(.*?)```", _page("adding-a-recipe.md"), flags=re.DOTALL)
+    code = "\n\n".join(blocks)
+    assert len([line for line in code.splitlines() if line.strip()]) < 80
+    (tmp_path / "spread.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("spread", tmp_path / "spread.py")
+    assert spec is not None
+    assert spec.loader is not None
+    spread = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(spread)
+
+    squared = torch.tensor([1.0, 2.0, 6.0])
+    log_mean = torch.tensor(3.0).log().expand(3).clone().requires_grad_()
+    (slope,) = torch.autograd.grad(spread.ExponentialDistance()(squared, log_mean), log_mean)
+    torch.testing.assert_close(slope.sum(), torch.zeros(()))  # lowest where s is the mean of d^2
+
+    spread.run(spread.SpreadConfig(output=tmp_path / "run", epochs=60, check=True))
+    figures = json.loads((tmp_path / "run" / "results.json").read_text())["figures"]
+    assert figures["rank_correlation"] > 0.6
+    assert 0.9 < figures["ratio"] < 1.1
