@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..adapters.errors import OptionError
 
@@ -38,6 +39,7 @@ class Augmentation:
         brightness, contrast, saturation: a factor is drawn from 1 - this to 1 + this. hue: a turn from -this to this, in
             whole circles.
         sigma: lowest and highest standard deviation of the blur, in pixels of the view.
+        rotation: a turn is drawn from -this to this, in degrees; corners that come in are black.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -51,11 +53,13 @@ class Augmentation:
     grayscale: float = 0.2
     blur: float = 0.0
     sigma: tuple[float, float] = (0.1, 2.0)
+    rotation: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "grayscale", "blur", "brightness", "contrast", "saturation"):
             _within(name, getattr(self, name), 1.0)
         _within("hue", self.hue, 0.5)
+        _within("rotation", self.rotation, 180.0)
         for name, (low, high), most in (
             ("scale", self.scale, 1.0),
             ("ratio", self.ratio, math.inf),
@@ -75,7 +79,7 @@ class Parameters:
         shape: (C, H, W) of the images. box: int64 [B, 4], the crop's top, left, height, width in pixels.
         flip, jitter, gray: bool [B]. colour: float32 [B, 4], the factors of brightness, contrast and saturation and the
             turn of the hue, 1, 1, 1, 0 where there is no jitter. order: int64 [B, 4], which of the four comes first, second...
-        sigma: float32 [B], of the blur in pixels of the view; 0: none.
+        sigma: float32 [B], of the blur in pixels of the view; 0: none. turn: float32 [B], degrees against the clock.
     """
 
     shape: tuple[int, int, int]
@@ -86,6 +90,7 @@ class Parameters:
     order: Tensor
     gray: Tensor
     sigma: Tensor
+    turn: Tensor
 
     def __len__(self) -> int:
         return len(self.box)
@@ -95,7 +100,7 @@ class Parameters:
 
         x, y: where the crop's middle lies, from -1 (left, top) to 1. scale, ratio: logarithms of the share of the area and
         of width over height. flip, grayscale: 0 or 1. brightness, contrast, saturation (factors), hue. Grey images have
-        neither saturation, hue nor grayscale. sigma: where there is any blur.
+        neither saturation, hue nor grayscale. sigma: where there is any blur; rotation (degrees): where there is any.
         """
         channels, height, width = self.shape
         top, left, tall, wide = self.box.double().unbind(1)
@@ -114,6 +119,8 @@ class Parameters:
             found["grayscale"] = self.gray.double()
         if bool((self.sigma > 0).any()):
             found["sigma"] = self.sigma.double()
+        if bool(self.turn.any()):
+            found["rotation"] = self.turn.double()
         return found
 
 
@@ -139,8 +146,11 @@ def draw(augmentation: Augmentation, count: int, shape: Sequence[int], generator
     if augmentation.blur:
         low, high = augmentation.sigma
         sigma = torch.where(chance(augmentation.blur), low + (high - low) * torch.rand(count, generator=generator), 0.0)
+    turn = torch.zeros(count)
+    if augmentation.rotation:
+        turn = augmentation.rotation * (2.0 * torch.rand(count, generator=generator) - 1.0)
     colour = rest + torch.where(jitter[:, None], moved, 0.0)
-    return Parameters((channels, height, width), box, flip, jitter, colour, order, gray, sigma)
+    return Parameters((channels, height, width), box, flip, jitter, colour, order, gray, sigma, turn)
 
 
 def join(parts: Sequence[Parameters]) -> Parameters:
@@ -152,13 +162,15 @@ def join(parts: Sequence[Parameters]) -> Parameters:
 def augment(images: Tensor, done: Parameters, size: tuple[int, int] | None = None) -> Tensor:
     """Views [B, C, *size] in 0..1 of float images [B, C, H, W] in 0..1, on their device; `size` None: as the images.
 
-    The crop is resized bilinearly with antialiasing, then flipped, then its colours are changed, then it is turned grey, then
-    blurred.
+    The crop is resized bilinearly with antialiasing, then flipped, then turned, then its colours are changed, then it is made
+    grey, then blurred.
     Raises OptionError for images that the parameters are not of.
     """
     if tuple(images.shape) != (len(done), *done.shape):
         raise OptionError(f"parameters of {len(done)} images {done.shape} were given, and images {tuple(images.shape)}")
     views = _crop(images, done, size or (images.shape[2], images.shape[3]))
+    if bool(done.turn.any()):
+        views = _turned(views, done.turn.to(views))
     changed: list[tuple[int, Callable[[Tensor, Tensor], Tensor]]] = [(BRIGHTNESS, _brightness), (CONTRAST, _contrast)]
     if done.shape[0] == 3:
         changed += [(SATURATION, _saturation), (HUE, _hue)]
@@ -221,6 +233,17 @@ def _crop(images: Tensor, done: Parameters, size: tuple[int, int]) -> Tensor:
     across = _tents(left, wide, images.shape[3], size[1])
     across = torch.where(done.flip.to(images.device)[:, None, None], across.flip(1), across)
     return down[:, None] @ images @ across.mT[:, None]
+
+
+def _turned(views: Tensor, degrees: Tensor) -> Tensor:
+    """Views [B, C, H, W], each turned about its middle against the clock (bilinear)."""
+    height, width = views.shape[2:]
+    sine, cosine = (degrees * (math.pi / 180.0)).sin(), (degrees * (math.pi / 180.0)).cos()
+    rest = torch.zeros_like(sine)
+    across = torch.stack([cosine, -sine * height / width, rest], 1)
+    down = torch.stack([sine * width / height, cosine, rest], 1)
+    grid = functional.affine_grid(torch.stack([across, down], 1), list(views.shape), align_corners=False)
+    return functional.grid_sample(views, grid, align_corners=False)
 
 
 def _tents(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:

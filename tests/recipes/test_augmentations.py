@@ -154,3 +154,19 @@ def test_what_does_not_fit_is_named() -> None:
     done = draw(Augmentation(), 2, (3, 8, 8), torch.Generator())
     with pytest.raises(OptionError, match=r"2 images \(3, 8, 8\)"):
         augment(torch.rand(3, 3, 8, 8), done)
+
+
+def test_turns_are_torchvisions(generator: torch.Generator) -> None:
+    images = torch.rand(12, 3, 20, 26, generator=generator)
+    still = Augmentation(scale=(1.0, 1.0), ratio=(1.3, 1.3), flip=0.0, jitter=0.0, grayscale=0.0, rotation=45.0)
+    done = draw(still, 12, images.shape[1:], generator)
+    views = augment(images, done)
+    bilinear = transforms.InterpolationMode.BILINEAR
+    for image, view, degrees in zip(images, views, done.turn.tolist(), strict=True):
+        torch.testing.assert_close(view, reference.rotate(image, degrees, bilinear), atol=1e-4, rtol=0)
+    assert done.turn.min() < -10
+    assert done.turn.max() > 10
+    assert done.turn.abs().max() <= 45
+    assert torch.equal(done.table()["rotation"], done.turn.double())
+    with pytest.raises(OptionError, match=r"rotation=200\.0"):
+        Augmentation(rotation=200.0)
