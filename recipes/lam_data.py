@@ -6,11 +6,10 @@ holds out whole characters, species, people or cities. Test images are looked at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from ..adapters.source_loader import load_image
 from ..eval.dataset_classes import CLASSES, shared_classes
 from ..eval.datasets import SETS, default_data_dir, open_named
 from .augmentations import Augmentation, augment, draw
+from .image_files import in_threads, open_image
 from .lam_folders import Files, hold_out, read_cub200, read_lfw, read_msls
 
 Dataset = Literal["fashion-mnist", "cifar10", "omniglot", "cub200", "lfw", "msls"]
@@ -41,7 +41,6 @@ CARS = 98
 """Classes of Cars196 that metric learning trains on, as a rule: the others are the OOD set of CUB-200."""
 SPLIT = 400  # place of the random numbers
 CROPS = Augmentation(jitter=0.0, grayscale=0.0)
-THREADS = 8
 
 
 class Pictures(Protocol):
@@ -104,15 +103,15 @@ class FilePictures:
         whole = round(side * 256 / 227)
 
         def one(row: int) -> Tensor:
-            image = _open(self.paths[row])
+            image = open_image(self.paths[row])
             return pixels_of.center_crop(
                 pixels_of.pil_to_tensor(pixels_of.resize(image, [whole], antialias=True)), [side]
             )
 
-        return (torch.stack(_threaded(one, rows)).float() / 255.0 - _numbers(0)) / _numbers(1)
+        return (torch.stack(in_threads(one, rows.tolist())).float() / 255.0 - _numbers(0)) / _numbers(1)
 
     def training(self, rows: np.ndarray, generators: Sequence[torch.Generator]) -> Tensor:
-        images = _threaded(lambda row: pixels_of.pil_to_tensor(_open(self.paths[row])), rows)
+        images = in_threads(lambda row: pixels_of.pil_to_tensor(open_image(self.paths[row])), rows.tolist())
         each, parts = len(rows) // len(generators), []
         for place, x in enumerate(images):
             done = draw(CROPS, 1, x.shape, generators[place // each])
@@ -284,19 +283,6 @@ def _pixels(source: Source, rows: np.ndarray, size: tuple[int, int, int]) -> np.
         return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
     return np.stack([one(int(row)) for row in rows])
-
-
-def _open(path: str) -> Image.Image:
-    try:
-        image: Any = load_image(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
-    return image
-
-
-def _threaded(one: Callable[[int], Tensor], rows: np.ndarray) -> list[Tensor]:
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(one, rows.tolist()))
 
 
 def _numbers(which: int) -> Tensor:

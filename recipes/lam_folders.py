@@ -43,9 +43,11 @@ def read_cub200(root: Path) -> tuple[Files, Files]:
 
     `CUB_200_2011/` with images.txt, image_class_labels.txt and images/.
     """
-    folder = _folder(root, "CUB_200_2011", "images.txt", "unpack CUB_200_2011.tgz of Caltech's data repository there")
-    names = dict(_pairs(folder / "images.txt"))
-    label = dict(_pairs(folder / "image_class_labels.txt"))
+    folder = find_folder(
+        root, "CUB_200_2011", "images.txt", "unpack CUB_200_2011.tgz of Caltech's data repository there"
+    )
+    names = dict(read_pairs(folder / "images.txt"))
+    label = dict(read_pairs(folder / "image_class_labels.txt"))
     if not names or set(names) != set(label):
         raise DataError(f"{folder}: images.txt and image_class_labels.txt do not name the same images")
     number = np.array([int(label[key]) for key in names], np.int64)
@@ -55,7 +57,7 @@ def read_cub200(root: Path) -> tuple[Files, Files]:
 
 def read_lfw(root: Path) -> tuple[Files, Files]:
     """The people of peopleDevTrain.txt and of peopleDevTest.txt (a number, then lines NAME, IMAGES), `lfw_funneled/NAME/`."""
-    folder = _folder(
+    folder = find_folder(
         root,
         "lfw-py",
         "peopleDevTrain.txt",
@@ -63,7 +65,7 @@ def read_lfw(root: Path) -> tuple[Files, Files]:
     )
     parts: list[Files] = []
     for split in ("Train", "Test"):
-        lines = _lines(folder / f"peopleDev{split}.txt")[1:]
+        lines = read_lines(folder / f"peopleDev{split}.txt")[1:]
         people = [line.split("\t") for line in lines]
         if any(len(one) != 2 or not one[1].isdigit() for one in people):
             raise DataError(f"{folder / f'peopleDev{split}.txt'}: a number, then lines of NAME<tab>IMAGES are expected")
@@ -82,7 +84,7 @@ def read_lfw(root: Path) -> tuple[Files, Files]:
 def read_msls(root: Path) -> tuple[Files, Files]:
     """All cities but `TEST_CITIES`, and these: `train_val/CITY/{query,database}/` with postprocessed.csv (key, easting,
     northing), images/KEY.jpg and, where panoramas are to be left out, raw.csv (key, pano)."""
-    folder = _folder(root, "train_val", "", "unpack Mapillary's msls_images_vol_*.zip and msls_metadata.zip there")
+    folder = find_folder(root, "train_val", "", "unpack Mapillary's msls_images_vol_*.zip and msls_metadata.zip there")
     cities = sorted(one.name for one in folder.iterdir() if (one / "database" / "postprocessed.csv").is_file())
     train = [city for city in cities if city not in TEST_CITIES]
     test = [city for city in cities if city in TEST_CITIES]
@@ -100,10 +102,12 @@ def _cities(folder: Path, names: Sequence[str], every: Sequence[str]) -> Files:
         number = every.index(name)
         for part in ("database", "query"):
             place = folder / name / part
-            rows = _table(place / "postprocessed.csv", ("key", "easting", "northing"))
+            rows = read_table(place / "postprocessed.csv", ("key", "easting", "northing"))
             raw = place / "raw.csv"
             round_ones = {
-                row["key"] for row in (_table(raw, ("key", "pano")) if raw.is_file() else []) if row["pano"] == "True"
+                row["key"]
+                for row in (read_table(raw, ("key", "pano")) if raw.is_file() else [])
+                if row["pano"] == "True"
             }
             for row in rows:
                 if row["key"] in round_ones:
@@ -126,7 +130,8 @@ def hold_out(files: Files, share: float, generator: np.random.Generator) -> tupl
     return files.rows(~held), files.rows(held)
 
 
-def _folder(root: Path, name: str, known: str, how: str) -> Path:
+def find_folder(root: Path, name: str, known: str, how: str) -> Path:
+    """ROOT/NAME or ROOT itself, whichever has the file `known`. Raises DataError that says `how` to get it."""
     for folder in (root / name, root):
         if folder.is_dir() and (folder.name == name or (folder / known).is_file()) and (folder / known).exists():
             return folder
@@ -135,28 +140,36 @@ def _folder(root: Path, name: str, known: str, how: str) -> Path:
 
 
 def _files(paths: list[Path], target: np.ndarray, group: np.ndarray, folder: Path) -> Files:
+    check_files(paths, folder)
+    return Files(paths, target, group, folder)
+
+
+def check_files(paths: Sequence[Path], folder: Path) -> None:
+    """Raises DataError, naming the first, for files that are not there, or where there is none."""
     missing = [path for path in paths if not path.is_file()]
     if missing or not paths:
         what = f"{len(missing)} of {len(paths)} images, first {missing[0]}," if missing else "all images"
         raise DataError(f"{folder}: {what} are not there: unpack the archive again")
-    return Files(paths, target, group, folder)
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """Raises DataError where the file is not there."""
     if not path.is_file():
         raise DataError(f"{path} is not there: unpack the archive again")
     return path.read_text().splitlines()
 
 
-def _pairs(path: Path) -> list[tuple[str, str]]:
-    words = [line.split(None, 1) for line in _lines(path) if line.strip()]
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """Lines of a number and a word. Raises DataError for others."""
+    words = [line.split(None, 1) for line in read_lines(path) if line.strip()]
     if any(len(pair) != 2 for pair in words):
         raise DataError(f"{path}: lines of a number and a word are expected")
     return [(pair[0], pair[1].strip()) for pair in words]
 
 
-def _table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    rows = list(csv.DictReader(_lines(path)))
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a .csv file. Raises DataError unless it has these columns, and a row."""
+    rows = list(csv.DictReader(read_lines(path)))
     if not rows or not set(columns) <= set(rows[0]):
         raise DataError(f"{path}: expected a table with the columns {', '.join(columns)}")
     return rows

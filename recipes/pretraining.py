@@ -77,14 +77,12 @@ class PretrainingConfig(RecipeConfig):
     """whether torch.compile builds the encoder, which pays on a GPU"""
     probe_images: int | None = None
     """training images that linear evaluation, neighbours and scores look at; default: all"""
-    ood_images: int = 2000
-    """at most so many images of each other set"""
     throughput_steps: int = 10
     """steps that the throughput is measured on; 0: it is not"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "epochs", "every", "hidden", "dim", "width", "ood_images", "batch_size")
+        check_counts(self, "epochs", "every", "hidden", "dim", "width", "batch_size")
         check_positive(self, "lr")
         for name in ("train_images", "probe_images"):
             if getattr(self, name) is not None:
@@ -156,13 +154,13 @@ class Ahead:
 
 def pretrain(
     run: Run, module: nn.Module, batch: Batch, each: int, optimizer: torch.optim.Optimizer,
-    watch: Callable[[], Record], name: str = "train",
+    watch: Callable[[], Record], name: str = "train", least: float = 0.0,
 ) -> History:  # fmt: skip
     """Train `module` for the epochs of the run's options, with warm-up and cosine.
 
     Args:
         batch: what the module's forward takes at a step; its answer is the loss. each: steps of an epoch.
-        watch: figures at the end of a round, the same in every process.
+        watch: figures at the end of a round, the same in every process. least: where the cosine ends, a share of the peak.
     """
     config: Any = run.config
     steps = config.epochs * each
@@ -177,7 +175,7 @@ def pretrain(
             signature=f"{run.signature} {name}",
             observe=run.observe(name, steps),
         )
-        return run_plan(module, optimizer, scheduled("cosine", optimizer, steps, config.warmup), plan)
+        return run_plan(module, optimizer, scheduled("cosine", optimizer, steps, config.warmup, least), plan)
 
 
 def throughput(run: Run, module: nn.Module, batch: Batch) -> dict[str, Any]:

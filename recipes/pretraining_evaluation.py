@@ -2,7 +2,7 @@
 
 train, test = (encode(network, images, device) for images in (train_images, test_images))
 worth(train, test, seed)                                  # {"linear": ..., "nearest_feature": ..., ...}
-others, notes = other_sets(config, test_images)           # every named set that is at hand
+others, notes = other_sets(dataset, folder, most, test_images)  # every named set that is at hand
 tables = ood_tables(scores, {name: scores_of(one) for name, one in others.items()}, seed)
 """
 
@@ -29,8 +29,7 @@ from ..eval.plots import Strip, gallery, page
 from ..eval.probe_protocols import TAU, sgd_probe, tau_nearest_label
 from ..eval.probes import linear_probe, nearest_label, top_k_accuracy
 from ..eval.search import directions
-from .pretraining import PretrainingConfig
-from .view_batches import Images
+from .view_batches import Images, Labelled
 
 PROBE = 500  # place of the random numbers
 RESAMPLES = 200
@@ -49,7 +48,7 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode(network: nn.Module, images: Images, device: torch.device) -> Encoded:
+def encode(network: nn.Module, images: Labelled, device: torch.device) -> Encoded:
     """All images as they are, by a network in eval mode that answers with (features, projections)."""
     network.eval()
     parts = [network(chunk) for chunk in images.chunks(device)]
@@ -130,9 +129,11 @@ def _rows_of_other_classes(inside: str, name: str, source: Source) -> tuple[np.n
     return rows[~odd], f"without {odd.sum()} images of classes that {inside} has too"
 
 
-def other_sets(config: PretrainingConfig, like: Images) -> tuple[dict[str, Images], dict[str, str]]:
+def other_sets(
+    dataset: str, data_dir: Path | None, most: int, like: Images
+) -> tuple[dict[str, Images], dict[str, str]]:
     """`other_sources` in the shape of `like`: resized by their shorter side and cut to the middle."""
-    sources, notes = other_sources(config.dataset, config.data_dir, config.ood_images)
+    sources, notes = other_sources(dataset, data_dir, most)
     return {name: shaped_like(source, like) for name, source in sources.items()}, notes
 
 

@@ -18,6 +18,8 @@ Norm = Literal["group", "batch"]
 M = TypeVar("M", bound=nn.Module)
 SMALL = "small"
 """The name of `StridedConvNet`, for two cores."""
+CIFARS = 64
+"""Pixels up to which a network gets CIFAR's stem."""
 
 
 class Encoder(nn.Module):
@@ -59,17 +61,32 @@ def image_encoder(name: str, channels: int, pixels: int, norm: Norm = "group", w
     """An encoder with random weights for square images.
 
     name: "small" (`StridedConvNet` of that `width`, which has GroupNorm), "resnet20", "resnet56", or a timm network, whose
-    stem becomes CIFAR's (3x3, stride 1, no max-pool). Raises BackboneError for a name that there is not, or a network that takes
-    no such images.
+    stem becomes CIFAR's (3x3, stride 1, no max-pool) for images of up to `CIFARS` pixels. Raises BackboneError for a name that
+    there is not, or a network that takes no such images.
     """
     if name == SMALL:
         return Encoder(StridedConvNet(channels, width), channels, pixels)
     if name not in DEPTHS and not timm.is_model(name):
         raise BackboneError(f"--network {name!r} is unknown; {suggest(name, [SMALL, *DEPTHS, *timm.list_models()])}")
-    network = small_image_network(name, 0, channels, pixels, max_pool=False)
+    if pixels > CIFARS:
+        network = whole_network(name, channels, pixels)
+    else:
+        network = small_image_network(name, 0, channels, pixels, max_pool=False)
     if norm == "group":
         group_normalised(network)
     return Encoder(network, channels, pixels)
+
+
+def whole_network(name: str, channels: int, pixels: int) -> nn.Module:
+    """A timm network as it is, pooled features, for square images. Raises BackboneError where it takes none such."""
+    sized = {"img_size": pixels} if name.startswith("vit") else {}
+    try:
+        network = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, **sized)
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, channels, pixels, pixels))
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise BackboneError(f"--network {name!r} takes no images of {pixels} px ({error})") from error
+    return network
 
 
 def projection_head(size: int, hidden: int, dim: int, norm: Norm = "group") -> nn.Sequential:

@@ -141,11 +141,16 @@ def check_folder(name: str, config: RecipeConfig) -> str | None:
 
 
 def scheduled(
-    kind: Literal["cosine", "halved", "constant"], optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.0
+    kind: Literal["cosine", "halved", "constant"],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    warmup: float = 0.0,
+    least: float = 0.0,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate: "cosine" rises over a share `warmup` and falls to 0; "halved" halves in the middle."""
+    """The learning rate: "cosine" rises over a share `warmup` and falls to a share `least`; "halved" halves in the middle."""
     if kind == "cosine":
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(steps, warmup))
+        factor = warmup_cosine(steps, warmup)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: least + (1.0 - least) * factor(i))
     late = 0.5 if kind == "halved" else 1.0
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0 if i < steps // 2 else late)
 

@@ -83,6 +83,8 @@ class TauConfig(PretrainingConfig):
     """share of itself that moco's second network keeps in a step"""
     dropout: float = 0.0
     """probability of dropping a channel, in training and in the passes that are scored; 0: none"""
+    ood_images: int = 2000
+    """at most so many images of each other set"""
     passes: int = 10
     """passes with dropout that an image is scored by"""
     members: int = 1
@@ -109,7 +111,7 @@ class TauConfig(PretrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "queue", "members", "samples", "views")
+        check_counts(self, "queue", "members", "samples", "views", "ood_images")
         check_positive(self, "temperature")
         if self.passes < 2:
             raise OptionError(f"--passes {self.passes} was given; expected 2 or more")
@@ -192,7 +194,7 @@ def run(config: TauConfig) -> None:
         member, rates = train_member(config, run, number, train, held_out)
         members.append(member)
         measured = measured or rates
-    judged = Judged(train, test, *other_sets(config, test))
+    judged = Judged(train, test, *other_sets(config.dataset, config.data_dir, config.ood_images, test))
     if config.method == "supervised":
         named = {config.dataset: test, **judged.others}
         judged.live = odin(members[0].method.network, named, run.device, config.output / "features")

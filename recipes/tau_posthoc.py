@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import timm
@@ -63,7 +63,22 @@ KNOWN = {
 }
 
 
-def frozen_backbone(config: TauConfig) -> Backbone:
+class Frozen(Protocol):
+    """Which frozen network: options of a recipe."""
+
+    @property
+    def backbone(self) -> str | None: ...
+    @property
+    def checkpoint(self) -> Path | None: ...
+    @property
+    def random_weights(self) -> bool: ...
+    @property
+    def data_dir(self) -> Path | None: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def frozen_backbone(config: Frozen) -> Backbone:
     """The frozen network by the options, with its OWN preprocessing and pooled embedding.
 
     Raises BackboneError for a name that there is not, and weights that are not there or do not fit.
@@ -79,7 +94,7 @@ def frozen_backbone(config: TauConfig) -> Backbone:
         checkpoint = stored
     if not known.fetched and checkpoint is None and not config.random_weights:
         raise BackboneError(
-            f"--backbone {name}: no package fetches its weights; give them with --checkpoint FILE (a ResNet-50, names as in "
+            f"{name}: no package fetches its weights; give them with --checkpoint FILE (a ResNet-50, names as in "
             "torchvision or timm, under any prefix), or --random-weights to try the run"
         )
     fetch = checkpoint is None and not config.random_weights
@@ -90,7 +105,7 @@ def frozen_backbone(config: TauConfig) -> Backbone:
             module = timm.create_model(known.timm, pretrained=fetch, num_classes=0)
         except Exception as error:  # timm and huggingface_hub raise many kinds
             raise BackboneError(
-                f"--backbone {name} ({known.timm}) could not be fetched ({type(error).__name__}: {error}); give its weights "
+                f"{name} ({known.timm}) could not be fetched ({type(error).__name__}: {error}); give its weights "
                 "with --checkpoint FILE"
             ) from error
     if checkpoint is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..adapters.distributed import Launch
 from ..adapters.errors import DataError, OptionError
 from ..adapters.source_arrays import ArraySource
+from ..adapters.source_base import Source
 from ..adapters.training import EpochOrder
 from ..adapters.training_loop import step_generator
 from ..eval.datasets import open_named
@@ -24,6 +26,17 @@ BLOCK = 32
 CHUNK = 512
 """Images that are augmented or encoded at a time outside the training."""
 ORDER, TRAINING, FIXED = range(3)  # streams of random numbers
+
+
+class Labelled(Protocol):
+    """Images and their labels, one for each, in a fixed order."""
+
+    @property
+    def label(self) -> np.ndarray: ...
+
+    def chunks(self, device: torch.device) -> Iterator[Tensor]:
+        """All images as they are, float32 [n, C, H, W] in 0..1, some at a time."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,9 +56,13 @@ class Images:
 
 def load_images(name: str, split: str, data_dir: Path | None) -> Images:
     """A named set whose images fit in memory. Raises DataError where it is not there, or holds files of images."""
-    source = open_named(name, split, data_dir)
+    return images_of(open_named(name, split, data_dir))
+
+
+def images_of(source: Source) -> Images:
+    """The images and labels of a source in memory. Raises DataError where it is none."""
     if not isinstance(source, ArraySource):
-        raise DataError(f"{name} is no array of small images; expected one that is, such as cifar10")
+        raise DataError(f"{source.name} is no array of small images; expected one that is, such as cifar10")
     array = source.images if source.images.ndim == 4 else source.images[..., None]
     return Images(torch.from_numpy(np.array(array.transpose(0, 3, 1, 2), order="C")), np.asarray(source.labels))
 
@@ -107,7 +124,7 @@ class ViewBatches:
 
 
 def fixed_views(
-    images: Images, how: Augmentation, seed: int, device: torch.device, views: int = 2
+    images: Labelled, how: Augmentation, seed: int, device: torch.device, views: int = 2
 ) -> tuple[Tensor, ...]:
     """Views [N, C, H, W] in 0..1 that are the same whenever they are asked for: they depend on (seed, view, row) alone."""
     found = []

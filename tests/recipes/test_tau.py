@@ -312,7 +312,7 @@ def test_every_frozen_network_has_its_own_preprocessing() -> None:
     assert simclr.embedding_dim == 2048
     assert simclr.num_classes == 0
     assert simclr.preprocessing["mean"][0] == pytest.approx(0.485)
-    with pytest.raises(BackboneError, match="--backbone byol: no package fetches its weights"):
+    with pytest.raises(BackboneError, match="byol: no package fetches its weights"):
         frozen_backbone(TauConfig(backbone="byol", data_dir=Path("nowhere")))
 
 
