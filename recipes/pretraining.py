@@ -110,13 +110,19 @@ def open_images(config: PretrainingConfig, run: Run) -> tuple[Images, Images, Im
     run.stands_on(train.pixels.numpy(), train.label, test.pixels.numpy(), test.label)
     if train.pixels.shape[2] != train.pixels.shape[3] or train.pixels.shape[1:] != test.pixels.shape[1:]:
         raise DataError(f"the images of {config.dataset} are {list(train.pixels.shape[1:])}; expected square ones")
-    kept = len(train.label) - min(HELD_OUT, len(train.label) // 10)
-    if kept < config.batch_size:
-        raise DataError(
-            f"{len(train.label)} training images are there, of which {kept} are trained on: fewer than a batch of "
-            f"{config.batch_size}; give more --train-images, or a smaller --batch-size"
-        )
+    kept = trained_on(len(train.label), config.batch_size)
     return train.first(kept), Images(train.pixels[kept:], train.label[kept:]), test
+
+
+def trained_on(count: int, batch_size: int) -> int:
+    """How many of so many training images are trained on. Raises DataError where they are fewer than a batch."""
+    kept = count - min(HELD_OUT, count // 10)
+    if kept < batch_size:
+        raise DataError(
+            f"{count} training images are there, of which {kept} are trained on: fewer than a batch of {batch_size}; give more "
+            "--train-images, or a smaller --batch-size"
+        )
+    return kept
 
 
 def adamw(module: nn.Module, config: PretrainingConfig) -> torch.optim.Optimizer:

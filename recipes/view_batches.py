@@ -49,6 +49,10 @@ class Images:
     def first(self, count: int) -> Images:
         return Images(self.pixels[:count], self.label[:count])
 
+    def rows(self, chosen: np.ndarray) -> Images:
+        """Those images, int64 [n]."""
+        return Images(self.pixels[torch.from_numpy(chosen)], self.label[chosen])
+
     def chunks(self, device: torch.device) -> Iterator[Tensor]:
         """All images, float32 in 0..1, `CHUNK` at a time."""
         return (as_floats(part, device) for part in self.pixels.split(CHUNK))

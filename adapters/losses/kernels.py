@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,6 +76,55 @@ def gram_matrix(prior: Tensor, kernel: str | Kernel, sigma: float | str) -> Tens
         else:
             gram[start:stop, :stop] = rows @ x[:stop].T
     return gram if kernel != "rbf" else gram.fill_diagonal_(1.0)
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """What A = (K + ridge I)^-1 K does to N rows: each becomes a weighted sum of all, by the weights in its row of A.
+
+    Attributes:
+        sigma: width of "rbf", in the prior's units; None of another kernel. median_distance: between different rows.
+        kernel: mean of K off the diagonal. diagonal: mean of A's, 1 = nothing is averaged, 1/N = all rows into one.
+        row_sum: mean of A's rows' sums. lowest, highest: of A off the diagonal.
+    """
+
+    sigma: float | None
+    median_distance: float
+    kernel: float
+    diagonal: float
+    row_sum: float
+    lowest: float
+    highest: float
+
+
+@torch.no_grad()
+def smoothing(
+    prior: Tensor, kernel: str | Kernel, sigma: float | str = "median", ridge: float | None = 0.01
+) -> Smoothing:
+    """`Smoothing` of a prior [N, P], N >= 2, by a kernel and ridge as `DecoupledUniformity` takes them; costs N^3.
+
+    Raises: DataError, OptionError as the loss does.
+    """
+    rows = full(prior)
+    centred = rows - rows.mean(0)
+    median = median_distance(centred)
+    width = (median if sigma == "median" else float(sigma)) if kernel == "rbf" else None
+    lower = gram_matrix(rows, kernel, sigma if width is None else width).tril()
+    n = len(lower)
+    mean = float(lower.tril(-1).sum()) / (n * (n - 1) / 2)
+    factor, value = ridge_factor(lower, ridge)
+    unit = torch.eye(n, dtype=factor.dtype, device=factor.device)
+    weight = unit - value * torch.cholesky_inverse(factor)
+    apart = weight[~unit.bool()]
+    return Smoothing(
+        width,
+        median,
+        mean,
+        float(weight.diagonal().mean()),
+        float(weight.sum(1).mean()),
+        float(apart.min()),
+        float(apart.max()),
+    )
 
 
 def _gaussian(squared: Tensor, sigma: float) -> Tensor:

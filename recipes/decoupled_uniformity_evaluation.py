@@ -1,0 +1,89 @@
+"""What the features of the recipe `decoupled_uniformity` know: linear evaluation, neighbours, AUC of each label where there are
+several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..adapters.errors import DataError
+from ..adapters.training_loop import step_generator
+from ..eval.metrics import auroc
+from ..eval.probe_protocols import IMAGENET100, decoupled_uniformity_probe, sgd_probe
+from ..eval.probes import linear_probe, nearest_label, top_k_accuracy
+from .pretraining_evaluation import Encoded
+from .pretraining_networks import PretrainingNetwork
+
+PROBE = 710  # place of the random numbers
+TOP = 5
+
+
+def projector(size: int, hidden: int, dim: int) -> nn.Sequential:
+    """Features [B, size] -> [B, dim] by three linear layers without normalisation; the paper's representation is what the first
+    gives."""
+    return nn.Sequential(
+        nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim)
+    )
+
+
+@torch.no_grad()
+def representation(network: PretrainingNetwork, feature: np.ndarray) -> np.ndarray:
+    """The paper's representation float32 [N, hidden] of pooled features [N, F]: a linear layer of them."""
+    first: nn.Linear = network.projection[0]  # type: ignore[index, assignment]
+    return first(torch.from_numpy(feature).to(first.weight.device)).cpu().numpy()
+
+
+def class_worth(
+    network: PretrainingNetwork, train: Encoded, test: Encoded, dataset: str, seed: int, papers: bool
+) -> dict[str, float]:
+    """Shares of right test labels, 0 to 1.
+
+    Of a linear classifier (L-BFGS, strength chosen on training images) of pooled features and of the representation, of the
+    nearest training image by cosine; top 5 of the former where there are more classes. papers: also the paper's protocol.
+    """
+    logits, _ = linear_probe(train.feature, train.label, test.feature, seed=seed)
+    found = {"linear": top_k_accuracy(logits, test.label)}
+    if logits.shape[1] > TOP:
+        found["top_5"] = top_k_accuracy(logits, test.label, TOP)
+    own, other = (representation(network, part.feature) for part in (train, test))
+    logits, _ = linear_probe(own, train.label, other, seed=seed)
+    found["linear_representation"] = top_k_accuracy(logits, test.label)
+    for name in ("feature", "projection"):
+        near = nearest_label(getattr(train, name), train.label, getattr(test, name))
+        found[f"nearest_{name}"] = float((near == test.label).mean())
+    if papers:
+        generator = step_generator(seed, PROBE)
+        if dataset == "imagenet100":
+            scores = sgd_probe(own, train.label, other, IMAGENET100, generator)
+        else:
+            scores = decoupled_uniformity_probe(own, train.label, other, generator)
+        found["papers_protocol"] = top_k_accuracy(scores, test.label)
+    return found
+
+
+def label_worth(train: Encoded, test: Encoded, names: tuple[str, ...], seed: int) -> dict[str, Any]:
+    """AUC of a linear classifier for each label, [N, L] of 0, 1 and NaN, by name, and their mean, `linear`.
+
+    A label's unknown images (NaN) are left out, of its training and of its test images alone. Its AUC is None, and has no part
+    in the mean, where either has images of one kind only. Raises DataError where that is so of all.
+    """
+    found: dict[str, float | None] = {}
+    counts: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        own, other = train.label[:, place], test.label[:, place]
+        known, asked = ~np.isnan(own), ~np.isnan(other)
+        counts[name] = [int(known.sum()), int(asked.sum())]
+        y, truth = own[known].astype(np.int64), other[asked].astype(bool)
+        if len(np.unique(y)) < 2 or len(np.unique(truth)) < 2:
+            found[name] = None
+            continue
+        logits, _ = linear_probe(train.feature[known], y, test.feature[asked], seed=seed)
+        score = logits[:, 1] - logits[:, 0]
+        found[name] = auroc(score[~truth], score[truth])
+    judged = [value for value in found.values() if value is not None]
+    if not judged:
+        raise DataError("no label has both positive and negative images in training and test: give more of them")
+    return {"linear": float(np.mean(judged)), "auc": found, "known_images": counts}
