@@ -1,4 +1,4 @@
-"""The `posthoc` command: demo, fit, predict, eval, info, export, push, pull, search, zoo, check, cache."""
+"""The `posthoc` command: demo, fit, predict, eval, features, info, export, push, pull, search, zoo, check, cache."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from . import __version__
 from .adapters.command_backbone import named_backbone
 from .adapters.errors import OptionError, PosthocError
 from .adapters.export_command import Export
+from .eval.feature_file import FeatureFile
 from .hub.commands import Pull, Push, Search, Zoo
 
 EXAMPLES = {
@@ -28,6 +29,7 @@ EXAMPLES = {
     "fit": "Example: posthoc fit resnet50.a1_in1k photos/ --head kappa loss --output adapter/",
     "predict": "Example: posthoc predict adapter/ new-photos/ --output scores.csv --abstain 0.95",
     "eval": "Example: posthoc eval ood --id test.npz --ood textures.npz",
+    "features": "Example: posthoc features resnet50.a1_in1k cifar10 --npz prior.npz",
     "info": "Example: posthoc info adapter/",
     "export": "Example: posthoc export adapter/ model.onnx",
     "push": "Example: posthoc push adapter/ org/resnet50-kappa --license mit",
@@ -318,6 +320,7 @@ def _commands() -> Any:
         "fit": Fit,
         "predict": Predict,
         "eval": Eval,
+        "features": FeatureFile,
         "info": Info,
         "export": Export,
         "push": Push,

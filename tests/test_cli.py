@@ -102,7 +102,8 @@ def test_our_errors_are_one_line_and_status_2(arguments: list[str], capsys: pyte
 
 
 @pytest.mark.parametrize(
-    "command", ["fit", "predict", "eval", "eval ood", "eval calibration", "eval selective", "info", "check", "cache"]
+    "command",
+    ["fit", "predict", "eval", "eval ood", "eval calibration", "eval selective", "features", "info", "check", "cache"],
 )
 def test_every_help_teaches_by_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
