@@ -271,8 +271,7 @@ def train(
         return watched(network, pair)
 
     module.eval()
-    with torch.no_grad():
-        before = watch()
+    before = watch()
     history = pretrain(
         run, module, batches, views.rows.each, make_optimizer(module, config), watch, least=config.final_lr / config.lr
     )
@@ -303,6 +302,7 @@ def make_optimizer(module: nn.Module, config: UniformityConfig) -> torch.optim.O
     return torch.optim.SGD([matrices, vectors], lr=config.lr, momentum=config.momentum)
 
 
+@torch.no_grad()
 def watched(network: PretrainingNetwork, pair: tuple[Tensor, ...]) -> Record:
     """Of held-out images: the share whose other view is found, the loss without a kernel, and the paper's alignment."""
     first, second = (torch.cat([network(part)[1] for part in view.split(CHUNK)]).float().cpu() for view in pair)

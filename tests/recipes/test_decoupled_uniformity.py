@@ -1,0 +1,281 @@
+"""The recipe decoupled_uniformity: its parts by hand, and whole runs on scikit-learn's digits, which stand for FashionMNIST."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from posthoc.adapters.distributed import Launch
+from posthoc.adapters.errors import DataError, OptionError
+from posthoc.adapters.losses import DecoupledUniformity
+from posthoc.eval.feature_file import FeatureFile
+from posthoc.recipes.decoupled_uniformity import (
+    PRESETS,
+    Batches,
+    Uniform,
+    UniformityConfig,
+    altered,
+    make_network,
+    make_optimizer,
+    watched,
+)
+from posthoc.recipes.decoupled_uniformity_data import load_sets
+from posthoc.recipes.decoupled_uniformity_evaluation import representation
+from posthoc.recipes.decoupled_uniformity_folders import Attributes
+from posthoc.recipes.decoupled_uniformity_priors import open_prior, smoother
+from posthoc.recipes.digits import load_digits
+from posthoc.recipes.options import parse
+from posthoc.recipes.vae import ConvVAE, divergence
+from posthoc.recipes.view_batches import ViewBatches
+
+from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
+
+CPU, ALONE = torch.device("cpu"), Launch(0, 1)
+TINY = "--dataset fashion-mnist --data-dir data --width 8 --hidden 32 --dim 16 --batch-size 64 --throughput-steps 0"
+SHORT = [*TINY.split(), "--train-images", "220", "--epochs", "3", "--probe-images", "150"]
+VAE = [*SHORT, "--prior", "vae", "--vae-epochs", "1", "--vae-dim", "4", "--output"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,400 digits of 16 x 16 px and 397 others to test, in FashionMNIST's files."""
+    place = tmp_path_factory.mktemp("uniformity")
+    digits = load_digits(known=10)
+    pixels = np.stack([np.asarray(one) for one in digits.images]).repeat(2, 1).repeat(2, 2)
+    order = np.random.default_rng(0).permutation(len(pixels))
+    write(place / "data", pixels[order], digits.label[order], 1400)
+    return place
+
+
+def write(data: Path, pixels: np.ndarray, label: np.ndarray, cut: int) -> None:
+    raw = data / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, rows in (("train", slice(0, cut)), ("t10k", slice(cut, None))):
+        for kind, array in (("images-idx3", pixels[rows]), ("labels-idx1", label[rows].astype(np.uint8))):
+            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.tobytes())
+
+
+def small(folder: Path, **more: Any) -> UniformityConfig:
+    given = {"dataset": "fashion-mnist", "width": 8, "hidden": 12, "dim": 6, "batch_size": 32, "train_images": 60}
+    return UniformityConfig(data_dir=folder / "data", **{**given, **more})
+
+
+def test_it_learns_and_says_what_it_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TINY.split(), "--epochs", "8", "--every", "4", "--train-images", "1000", "--check", "--views", "3"]
+    words[words.index("--throughput-steps") + 1] = "1"
+    found = results(
+        "decoupled_uniformity", [*words, "--prior", "labels", "--papers-probe", "--output", "learns"], folder
+    )
+    assert found["worth"]["linear"] > found["random_features"]["linear"] + 0.01
+    assert set(found["worth"]) == {
+        "linear", "top_5", "linear_representation", "nearest_feature", "nearest_projection", "papers_protocol",
+    }  # fmt: skip
+    seen = records(folder / "learns")
+    assert [record["step"] for record in seen] == [4 * 14, 8 * 14]
+    before, after = found["held_out"]["before"], found["held_out"]["after"]
+    assert after == seen[-1]
+    assert after["own_view_found"] > before["own_view_found"]
+    assert after["uniformity"] < before["uniformity"] < 0, "images are spread"
+    told = found["prior"]
+    assert (told["name"], told["seen_labels"]) == ("labels", True)
+    assert told["smoother"]["images"] == 64
+    assert told["smoother"]["median_distance"] == pytest.approx(2**0.5)
+    assert 1 / 64 < told["smoother"]["diagonal"] < 0.5, "images of a class are averaged"
+    assert [one["diagonal"] for one in told["smoother"]["by_sigma"]] == sorted(
+        (one["diagonal"] for one in told["smoother"]["by_sigma"]), reverse=True
+    )
+    assert 0 < found["throughput"]["share"] < 2
+    assert "| decoupled uniformity | labels | seen by the prior | " in capsys.readouterr().out
+    assert (folder / "learns" / "training.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder: Path) -> dict[str, Any]:
+    """What a short run found that nothing disturbed; it is in the folder `whole`."""
+    return results("decoupled_uniformity", [*VAE, "whole"], folder)
+
+
+def test_a_killed_run_goes_on_to_the_same_result(folder: Path, unbroken: dict[str, Any]) -> None:
+    killed = kill_at_checkpoint("decoupled_uniformity", [*VAE, "killed"], folder, "train/checkpoint.pt")
+    assert killed != metrics(folder / "whole")
+    resumed = results("decoupled_uniformity", [*VAE, "killed", "--resume"], folder)
+    assert metrics(folder / "killed") == metrics(folder / "whole")
+    for name in ("worth", "random_features", "held_out"):
+        assert resumed[name] == unbroken[name]
+    assert resumed["prior"]["smoother"] == unbroken["prior"]["smoother"]
+    assert unbroken["prior"]["seen_labels"] is False
+    assert unbroken["prior"]["vae"]["held_out_error"] < 0.5
+
+
+def test_two_processes_are_one(folder: Path, unbroken: dict[str, Any]) -> None:
+    two = results_of_two("decoupled_uniformity", [*VAE, "of-2"], folder)
+    for part in ("vae", "train"):
+        for a, b in zip(records(folder / "whole", part), records(folder / "of-2", part), strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    assert two["random_features"] == unbroken["random_features"]
+    assert two["prior"]["smoother"]["diagonal"] == pytest.approx(unbroken["prior"]["smoother"]["diagonal"], rel=1e-3)
+
+
+def test_the_loss_is_the_librarys_of_each_images_views_and_prior(folder: Path) -> None:
+    config = small(folder, views=3, prior="labels")
+    sets = load_sets(config)
+    network = make_network(config, sets)
+    images: Any = sets.train
+    known = np.random.default_rng(0).normal(size=(len(sets.train.label), 3)).astype(np.float32)
+    batches = Batches(ViewBatches(images, altered(config), 32, 0, ALONE, CPU, 3), known)
+    prior, *views = batches(0)
+    loss = DecoupledUniformity(kernel="rbf")
+    rows = batches.views.rows(0).numpy()
+    assert prior is not None
+    np.testing.assert_array_equal(prior, known[rows])
+    embedded = torch.stack([network(view)[1] for view in views], 1)
+    wanted = loss(embedded, torch.from_numpy(known[rows]))
+    assert Uniform(network, loss)(*batches(0)).item() == pytest.approx(wanted.item(), abs=1e-6)
+    feature, projected = network(views[0])
+    own = representation(network, feature.detach().numpy())
+    torch.testing.assert_close(network.projection[1:](torch.from_numpy(own)), projected)  # type: ignore[index]
+    pair = (views[0], views[1])
+    first, second = (nn.functional.normalize(network(view)[1], dim=1) for view in pair)
+    told = watched(network, pair)
+    middle = (first + second).detach() / 2
+    apart = torch.pdist(middle).square()
+    assert told["uniformity"] == pytest.approx(float((-2 * apart).exp().mean().log()), abs=1e-5)
+    assert told["alignment"] == pytest.approx(-float(middle.square().sum(1).mean()), abs=1e-5)
+
+
+def test_lars_steps_by_the_length_of_a_layer(generator: torch.Generator) -> None:
+    module = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
+    nn.init.zeros_(module[1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(module[0].bias)  # type: ignore[arg-type]
+    config = UniformityConfig(optimizer="lars", lr=0.7, momentum=0.9, weight_decay=0.05)
+    optimizer = make_optimizer(module, config)
+    wanted = [p.detach().clone() for p in module.parameters()]
+    moved = [torch.zeros_like(p) for p in wanted]
+    for step in range(3):
+        grads = [torch.randn(p.shape, generator=generator) for p in wanted]
+        if step == 1:
+            grads[0] = torch.zeros_like(grads[0])  # a ratio of nothing by nothing
+        for p, grad in zip(module.parameters(), grads, strict=True):
+            p.grad = grad.clone()
+        optimizer.step()
+        for w, grad, m in zip(wanted, grads, moved, strict=True):
+            if w.ndim > 1:
+                length, slope = w.norm(), grad.norm()
+                ratio = 0.001 * length / (slope + 0.05 * length) if length > 0 and slope > 0 else 1.0
+                grad = ratio * (grad + 0.05 * w)
+            m.mul_(0.9).add_(grad)
+            w.sub_(0.7 * m)
+        for p, w, grad in zip(module.parameters(), wanted, grads, strict=True):
+            torch.testing.assert_close(p.detach(), w, atol=1e-5, rtol=1e-5)
+            assert torch.equal(p.grad, grad), "gradients are left alone"
+    assert all(p.detach().abs().min() > 0 for p in (module[1].weight, module[0].bias)), "what began at 0 has moved"
+
+
+def test_sgd_does_not_shrink_biases() -> None:
+    module = nn.Linear(2, 2)
+    nn.init.ones_(module.weight)
+    nn.init.ones_(module.bias)
+    optimizer = make_optimizer(module, UniformityConfig(lr=0.5, weight_decay=0.1, momentum=0.0))
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.allclose(module.weight, torch.tensor(0.95))
+    assert torch.equal(module.bias, torch.ones(2))
+
+
+def test_priors_by_name(folder: Path, tmp_path: Path) -> None:
+    """A network's embedding is what `posthoc features` writes of it, each of the images that are trained on."""
+    rng = np.random.default_rng(0)
+    write(tmp_path / "data", rng.integers(0, 256, (76, 16, 16), dtype=np.uint8), np.arange(76) % 4, 64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), tmp_path / "w.safetensors")
+    weights, file = tmp_path / "w.safetensors", tmp_path / "data" / "known.npz"
+    FeatureFile("test_resnet", "fashion-mnist", file, data_dir=tmp_path / "data", checkpoint=weights).run()
+    run: Any = SimpleNamespace(device=CPU)
+
+    def opened(name: str, **more: Any) -> Any:
+        config = small(tmp_path, prior=name, **more)
+        sets = load_sets(config)
+        return open_prior(config, run, sets), sets
+
+    (of_file, sets), (of_network, _) = opened("known.npz"), opened("test_resnet", checkpoint=weights)
+    assert len(sets.train.label) == 54
+    with np.load(file) as stored:
+        np.testing.assert_array_equal(of_file.make(), stored["prior"][:54])
+    np.testing.assert_allclose(of_network.make(), of_file.make(), atol=1e-5)
+    assert of_network.seen_labels is True, "of a classifier"
+    assert of_file.seen_labels is True, "the file says so"
+    assert of_network.told()["network"]["embedding_dim"] == 96
+    assert opened("test_resnet", random_weights=True)[0].seen_labels is False
+    by_label, _ = opened("labels")
+    np.testing.assert_array_equal(by_label.make(), np.eye(4)[sets.train.label])
+    with pytest.raises(OptionError, match="fashion-mnist has none; omniglot, cub200 and utzappos have"):
+        opened("attributes")
+    with pytest.raises(OptionError, match=r"neither a file \.npz nor a known name; did you mean 'attributes'"):
+        opened("atributes")
+    with pytest.raises(
+        DataError, match=r"there is no such file, nor .*; `posthoc features MODEL DATA --npz FILE` writes one"
+    ):
+        opened("other.npz")
+    some = SimpleNamespace(**vars(sets))
+    some.attributes = lambda: Attributes(np.arange(128.0).reshape(64, 2), ("a:x", "b:y"))
+    found: Any = open_prior(small(tmp_path, prior="attributes:b"), run, some)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found.make(), np.arange(128.0).reshape(64, 2)[:54, 1:])
+    assert found.told() == {"name": "attributes:b", "seen_labels": True, "groups": ["b"]}
+    some.label = np.full((64, 2), np.nan)
+    with pytest.raises(OptionError, match="labels of fashion-mnist are not known for every image"):
+        open_prior(small(tmp_path, prior="labels"), run, some)  # type: ignore[arg-type]
+
+
+def test_the_smoother_looks_at_as_many_images_as_the_loss() -> None:
+    rows = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
+    loss = DecoupledUniformity(kernel="cosine", ridge=0.1)
+    told = smoother(rows, loss, 40)
+    assert told["images"] == 40
+    assert "by_sigma" not in told
+    some = torch.from_numpy(rows[np.linspace(0, 499, 40).astype(int)])
+    assert told["diagonal"] == pytest.approx(loss.mean_diagonal(some), abs=1e-6)
+
+
+def test_the_autoencoders_loss_is_its_elbo(generator: torch.Generator) -> None:
+    model = ConvVAE(3, 5, width=8)
+    images, noise = torch.rand(4, 3, 32, 32, generator=generator), torch.randn(4, 5, generator=generator)
+    mean, log_variance = model.code(images)
+    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    rest = torch.distributions.Normal(0.0, 1.0)
+    torch.testing.assert_close(
+        divergence(mean, log_variance), torch.distributions.kl_divergence(posterior, rest), atol=1e-6, rtol=1e-5
+    )
+    decoded = model.decoder(mean + posterior.stddev * noise)
+    fit = torch.distributions.Normal(decoded, model.log_sigma.exp()).log_prob(images).sum((1, 2, 3))
+    elbo = fit - torch.distributions.kl_divergence(posterior, rest).sum(1)
+    torch.testing.assert_close(model(images, noise), -elbo.mean() / images[0].numel())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--sigma 3", r"--sigma 3\.0 was given without --prior"),
+        ("--kernel cosine", "--kernel cosine was given without --prior"),
+        ("--prior vae --kernel cosine --sigma 2", r"--sigma 2\.0 is the width of --kernel rbf; cosine was given"),
+        ("--prior vae --ridge 0", r"ridge=0\.0 was given; use a positive number, or None"),
+        ("--t 0", r"t=0\.0 was given"),
+        ("--momentum 1", r"--momentum 1\.0 was given"),
+        ("--final-lr 1", r"--final-lr 1\.0 was given; expected a number from 0 to --lr 0\.1"),
+        ("--views 0", "--views 0 was given"),
+        ("--jitter 2", r"brightness=2\.0"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(words: str, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        parse("decoupled_uniformity", UniformityConfig, PRESETS, None, words.split())

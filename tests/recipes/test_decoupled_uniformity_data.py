@@ -1,0 +1,271 @@
+"""Data of the recipe `decoupled_uniformity`: small copies of the archives' folders, priors, several labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from posthoc.adapters.distributed import Launch
+from posthoc.adapters.errors import DataError, OptionError
+from posthoc.recipes.augmentations import Augmentation
+from posthoc.recipes.decoupled_uniformity import UniformityConfig
+from posthoc.recipes.decoupled_uniformity_data import load_sets
+from posthoc.recipes.decoupled_uniformity_evaluation import label_worth
+from posthoc.recipes.decoupled_uniformity_folders import (
+    PATHOLOGIES,
+    read_chexpert,
+    read_cub,
+    read_imagenet100,
+    read_utzappos,
+)
+from posthoc.recipes.decoupled_uniformity_priors import read_prior
+from posthoc.recipes.image_files import FileImages, FileViewBatches
+from posthoc.recipes.pretraining_evaluation import Encoded
+
+from .test_lam_data import picture
+
+CPU = torch.device("cpu")
+
+
+def options(root: Path, dataset: str, **more: Any) -> UniformityConfig:
+    return UniformityConfig(dataset=dataset, data_dir=root, **{"batch_size": 32, "size": 24, **more})
+
+
+def imagenet(root: Path, classes: int = 100) -> Path:
+    for split, count in (("train", 2), ("val", 1)):
+        for number in range(classes):
+            for k in range(count):
+                picture(root / f"imagenet100/{split}/n{number:08d}/{split}_{k}.JPEG", number, (8, 10))
+    return root
+
+
+def cub(root: Path, classes: int = 4, each: int = 12) -> Path:
+    base, names, labels, split, said = root / "CUB_200_2011", [], [], [], []
+    for label in range(classes):
+        for k in range(each):
+            number = len(names) + 1
+            name = f"{label + 1:03d}.Bird/Bird_{label}_{k}.jpg"
+            picture(base / "images" / name, number, (26, 30))
+            names.append(f"{number} {name}")
+            labels.append(f"{number} {label + 1}")
+            split.append(f"{number} {int(k % 4 > 0)}")
+            said += [f"{number} {a + 1} {(number >> a) & 1} 3 {k}.5" for a in range(3)]
+    said[4] += " 1"  # the archive has lines with a column too many
+    for file, lines in (
+        ("images.txt", names), ("image_class_labels.txt", labels), ("train_test_split.txt", split),
+        ("attributes/image_attribute_labels.txt", said),
+    ):  # fmt: skip
+        (base / file).parent.mkdir(exist_ok=True)
+        (base / file).write_text("\n".join(lines) + "\n")
+    (root / "attributes.txt").write_text("1 has_bill_shape::curved\n2 has_bill_shape::dagger\n3 has_tail::notched\n")
+    return root
+
+
+def zappos(root: Path, each: int = 20) -> Path:
+    base, rows = root / "ut-zap50k", []
+    for label, place in enumerate(("Boots/Ankle", "Shoes/Flats", "Shoes/Heels")):
+        for k in range(each):
+            picture(base / "ut-zap50k-images" / place / "Maker" / f"{label}{k:02d}.7.jpg", k, (34, 24))
+            rows.append(f"{label}{k:02d}-7,{int(label == 0)},{int(label == 1)},{k % 2},{int(k % 3 == 0)}")
+    table = base / "ut-zap50k-data" / "meta-data-bin.csv"
+    table.parent.mkdir()
+    table.write_text("\n".join(["CID,Category.Boots,SubCategory.Flats,Material.Suede,HeelHeight.Flat", *rows[::-1]]))
+    return root
+
+
+def chexpert(root: Path, images: int = 40) -> Path:
+    base = root / "CheXpert-v1.0-small"
+    head = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding," + ",".join(PATHOLOGIES)
+    for split, count in (("train", images), ("valid", 8)):
+        rows = []
+        for k in range(count):
+            name = f"{split}/patient{k:05d}/study1/view1_frontal.jpg"
+            picture(base / name, k, (26, 30), "L")
+            found = ["1.0" if k % 2 else "0.0", "-1.0", "", *("0.0" for _ in PATHOLOGIES[3:])]
+            healthy = k % 4 == 0
+            if healthy:
+                found = ["" for _ in PATHOLOGIES]
+            rows.append(f"CheXpert-v1.0-small/{name},Male,50,Frontal,AP,{'1.0' if healthy else ''}," + ",".join(found))
+        (base / f"{split}.csv").write_text("\n".join([head, *rows]) + "\n")
+    return root
+
+
+def test_imagenet100_is_a_hundred_folders_or_a_list_of_them(tmp_path: Path) -> None:
+    imagenet(tmp_path, 101)
+    with pytest.raises(DataError, match=r"has 101 classes; expected 100: list their WordNet ids in .*imagenet100\.txt"):
+        read_imagenet100(tmp_path)
+    wanted = [f"n{number:08d}" for number in range(1, 101)]
+    (tmp_path / "imagenet100/imagenet100.txt").write_text("\n".join(f"{name} a word" for name in wanted[::-1]))
+    train, test = read_imagenet100(tmp_path)
+    assert (len(train.paths), len(test.paths)) == (200, 100)
+    for part in (train, test):
+        assert [wanted[label] for label in part.label] == [path.parent.name for path in part.paths]
+    found = load_sets(options(tmp_path, "imagenet100"))
+    assert (len(found.train.label), len(found.held_out.label), len(found.test.label)) == (180, 20, 100)
+    assert len(set(found.held_out.label)) > 10, "folders are sorted by class; what is held out is not"
+    np.testing.assert_array_equal(found.label[found.rows], found.train.label)
+    with pytest.raises(DataError, match="lay ImageNet's folders train and val there"):
+        read_imagenet100(tmp_path / "nowhere")
+    with pytest.raises(OptionError, match="did you mean 'imagenet100'"):
+        load_sets(options(tmp_path, "imagenet10"))
+
+
+def test_cub200_has_its_own_split_and_attributes(tmp_path: Path) -> None:
+    train, test = read_cub(cub(tmp_path))
+    assert (len(train.paths), len(test.paths)) == (36, 12)
+    assert set(train.label) == set(test.label) == {0, 1, 2, 3}
+    assert all(path.name.startswith(f"Bird_{label}_") for path, label in zip(train.paths, train.label, strict=True))
+    assert train.attributes is not None
+    found = train.attributes()
+    assert found.names == ("has_bill_shape:curved", "has_bill_shape:dagger", "has_tail:notched")
+    numbers = [
+        12 * label + int(path.stem.split("_")[2]) + 1 for path, label in zip(train.paths, train.label, strict=True)
+    ]
+    np.testing.assert_array_equal(found.values, [[(number >> a) & 1 for a in range(3)] for number in numbers])
+    np.testing.assert_array_equal(found.of_groups(["has_tail"]).values, found.values[:, 2:])
+    with pytest.raises(OptionError, match="attributes:has_tale: there is no such group; did you mean 'has_tail'"):
+        found.of_groups(["has_tale"])
+    said = tmp_path / "CUB_200_2011/attributes/image_attribute_labels.txt"
+    said.write_text("\n".join(said.read_text().splitlines()[:-1]))
+    with pytest.raises(DataError, match="1 images lack attributes"):
+        train.attributes()
+
+
+def test_zappos_attributes_are_not_its_classes(tmp_path: Path) -> None:
+    train, test = read_utzappos(zappos(tmp_path))
+    assert (len(train.paths), len(test.paths)) == (42, 18)
+    assert not {str(path) for path in train.paths} & {str(path) for path in test.paths}
+    assert set(train.label) == {0, 1, 2}
+    assert train.attributes is not None
+    found = train.attributes()
+    assert found.names == ("Material:Suede", "HeelHeight:Flat")
+    k = np.array([int(path.stem[1:3]) for path in train.paths])
+    np.testing.assert_array_equal(found.values, np.stack([k % 2, k % 3 == 0], 1))
+    sets = load_sets(options(tmp_path, "utzappos", size=None))
+    (chunk,) = sets.held_out.chunks(CPU)
+    assert chunk.shape[1:] == (3, 32, 32)
+    next(iter((tmp_path / "ut-zap50k/ut-zap50k-images").glob("*/*/*/*"))).rename(
+        tmp_path / "ut-zap50k/ut-zap50k-images/Boots/Ankle/Maker/new.jpg"
+    )
+    (renamed,) = [one for one in read_utzappos(tmp_path) if any(path.stem == "new" for path in one.paths)]
+    assert renamed.attributes is not None
+    with pytest.raises(DataError, match=r"1 of \d+ images have no row, first new"):
+        renamed.attributes()
+
+
+def test_chexpert_knows_what_is_not_known(tmp_path: Path) -> None:
+    train, test = read_chexpert(chexpert(tmp_path))
+    assert (len(train.paths), len(test.paths)) == (40, 8)
+    healthy, sick, other = train.label[0], train.label[1], train.label[2]
+    assert (healthy[:-1] == 0).all()
+    assert np.isnan(healthy[-1]), "support devices do not make a patient ill"
+    np.testing.assert_array_equal(sick[:4], [1, np.nan, np.nan, 0])
+    assert other[0] == 0
+    sets = load_sets(options(tmp_path, "chexpert"))
+    assert sets.labels == PATHOLOGIES
+    (chunk,) = sets.test.chunks(CPU)
+    assert chunk.shape == (8, 1, 24, 24)
+
+
+def test_every_label_is_judged_on_the_images_where_it_is_known() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    feature, label = rng.normal(size=(400, 5)).astype(np.float32), np.zeros((400, 3), np.float32)
+    label[:, 0] = feature[:, 0] + 0.5 * rng.normal(size=400) > 0
+    label[:, 1] = feature[:, 1] > 1
+    label[::3, 0] = np.nan  # where it is not known the features would mislead
+    feature[::3, 0] *= -1
+    train, test = (Encoded(feature[part], feature[part], label[part]) for part in (slice(0, 250), slice(250, 400)))
+    found = label_worth(train, test, ("a", "b", "c"), 0)
+    assert found["auc"]["c"] is None
+    known = ~np.isnan(test.label[:, 0])
+    assert found["known_images"]["a"] == [int((~np.isnan(train.label[:, 0])).sum()), int(known.sum())]
+    wanted = metrics.roc_auc_score(test.label[known, 0], test.feature[known, 0])
+    assert found["auc"]["a"] == pytest.approx(wanted, abs=0.01)
+    assert found["auc"]["b"] > 0.99
+    assert found["linear"] == pytest.approx((found["auc"]["a"] + found["auc"]["b"]) / 2)
+    with pytest.raises(DataError, match="no label has both"):
+        label_worth(train, Encoded(feature, feature, np.zeros((400, 3))), ("a", "b", "c"), 0)
+
+
+def test_omniglot_tests_on_other_drawers(tmp_path: Path) -> None:
+    for alphabet, characters in (("Greek", 3), ("Latin", 2)):
+        for character in range(characters):
+            for drawer in range(1, 21):
+                ink = np.full((105, 105), 255, np.uint8)
+                ink[40:60, 10 * character : 10 * character + drawer] = 0
+                path = (
+                    tmp_path
+                    / f"omniglot-py/images_background/{alphabet}/character{character:02d}/0001_{drawer:02d}.png"
+                )
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(ink).save(path)
+    sets = load_sets(options(tmp_path, "omniglot"))
+    assert (len(sets.train.label), len(sets.held_out.label), len(sets.test.label)) == (68, 7, 25)
+    (chunk,) = sets.test.chunks(CPU)
+    assert chunk.shape == (25, 1, 28, 28)
+    assert float(chunk.mean()) < 0.2, "ink is bright"
+    paths = sets.source.names()
+    assert paths is not None
+    assert all(int(Path(paths[row]).stem[-2:]) <= 15 for row in sets.rows)
+    np.testing.assert_array_equal(sets.label[sets.rows], sets.train.label)
+    assert sets.attributes is not None
+    found = sets.attributes()
+    assert found.values.shape == (100, 7)
+    np.testing.assert_array_equal(found.values.sum(0), [60, 40, 20, 20, 20, 20, 20])
+    assert found.of_groups(["alphabet"]).names == ("alphabet:Greek", "alphabet:Latin")
+    np.testing.assert_array_equal(found.values[:, 2:].argmax(1), sets.label)
+
+
+def test_views_of_files_belong_to_rows_of_the_whole_launch(tmp_path: Path) -> None:
+    for k in range(70):
+        picture(tmp_path / f"{k}.png", k, (20, 30))
+    images = FileImages([tmp_path / f"{k}.png" for k in range(70)], np.arange(70), 12)
+    how = Augmentation()
+    whole = FileViewBatches(images, how, 64, 5, Launch(0, 1), CPU, 3)
+    halves = [FileViewBatches(images, how, 64, 5, Launch(rank, 2), CPU, 3) for rank in (0, 1)]
+    views = whole(1)
+    assert [view.shape for view in views] == [(64, 3, 12, 12)] * 3
+    for number, view in enumerate(views):
+        assert torch.equal(view, torch.cat([half(1)[number] for half in halves]))
+    assert not torch.equal(views[0], views[1])
+    (tmp_path / "3.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"3\.png cannot be read as an image"):
+        list(images.chunks(CPU))
+
+
+def test_a_prior_file_must_be_in_the_sets_order(tmp_path: Path) -> None:
+    label, rows = np.arange(6) % 3, np.arange(12.0).reshape(6, 2)
+    np.savez(tmp_path / "a.npz", prior=rows, labels=label)
+    found, seen = read_prior(tmp_path / "a.npz", label)
+    np.testing.assert_array_equal(found, rows)
+    assert seen is None
+    np.savez(tmp_path / "b.npz", prior=np.stack([rows, -rows], 1), labels=label, seen_labels=np.array(False))
+    found, seen = read_prior(tmp_path / "b.npz", label)
+    np.testing.assert_array_equal(found, rows)
+    assert seen is False
+    unknown = np.array([[0.0, np.nan], [1.0, 0.0]])
+    np.savez(tmp_path / "c.npz", prior=rows[:2], labels=unknown)
+    read_prior(tmp_path / "c.npz", unknown.copy())
+    for arrays, said in (
+        ({"prior": rows}, "has no labels; expected the keys prior and labels"),
+        ({"prior": rows[:5], "labels": label[:5]}, r"expected numbers \[6, P\] and \[6\]"),
+        (
+            {"prior": rows, "labels": label[::-1]},
+            r"labels of 4 of 6 rows are not the set's, first row 0 \(2 there, 0 here\)",
+        ),
+        ({"prior": np.where(rows == 7, np.inf, rows), "labels": label}, "prior is not finite in row 3"),
+        ({"prior": rows.astype(str), "labels": label}, "expected numbers"),
+    ):
+        wrong: Any = arrays
+        np.savez(tmp_path / "wrong.npz", **wrong)
+        with pytest.raises(DataError, match=said):
+            read_prior(tmp_path / "wrong.npz", label)
+    (tmp_path / "wrong.npz").write_text("no zip")
+    with pytest.raises(DataError, match=r"cannot be read as an \.npz"):
+        read_prior(tmp_path / "wrong.npz", label)
