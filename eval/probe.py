@@ -161,7 +161,7 @@ class Probe(TableCommand):
         scores, more = run_probes(
             x, dense, other, k=self.k, protocols=self.protocol, seed=self.seed, device=self.device or "cpu"
         )
-        scores = {key: _widened(one, len(classes)) for key, one in scores.items()}
+        scores = {key: widened(one, len(classes)) for key, one in scores.items()}
         table = probe_table(
             scores, target, name=f"{test.name}: probes of {train.name}", reference=self.reference,
             resamples=self.resamples, seed=self.seed,
@@ -178,7 +178,7 @@ def _rows(one: Scored, table: str) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(getattr(one, table)), label
 
 
-def _widened(scores: np.ndarray, classes: int) -> np.ndarray:
+def widened(scores: np.ndarray, classes: int) -> np.ndarray:
     """Classes that no training image has get the lowest score of all."""
     if scores.ndim == 1 or scores.shape[1] == classes:
         return scores

@@ -27,7 +27,7 @@ from ..adapters.training_loop import History, Record, step_generator
 from . import running
 from .augmentations import Augmentation
 from .decoupled_uniformity_data import Sets, load_sets
-from .decoupled_uniformity_evaluation import class_worth, label_worth, projector
+from .decoupled_uniformity_evaluation import check_judged, class_worth, label_worth, projector
 from .decoupled_uniformity_priors import open_prior, smoother
 from .decoupled_uniformity_report import draw, table
 from .image_files import FileImages, FileViewBatches
@@ -221,6 +221,7 @@ def run(config: UniformityConfig) -> None:
     """
     run = Run("decoupled_uniformity", config)
     sets = load_sets(config)
+    check_judged(sets.train.label[: config.probe_images], sets.test.label, config.dataset, config.papers_probe)
     prior = open_prior(config, run, sets)
     run.stands_on(*sets.content(), *([] if prior is None else [prior.made_from]))
     rows = None if prior is None else prior.make()

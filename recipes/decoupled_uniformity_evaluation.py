@@ -12,7 +12,8 @@ from torch import nn
 from ..adapters.errors import DataError
 from ..adapters.training_loop import step_generator
 from ..eval.metrics import auroc
-from ..eval.probe_protocols import IMAGENET100, decoupled_uniformity_probe, sgd_probe
+from ..eval.probe import widened
+from ..eval.probe_protocols import FOLDS, IMAGENET100, decoupled_uniformity_probe, sgd_probe
 from ..eval.probes import linear_probe, nearest_label, top_k_accuracy
 from .pretraining_evaluation import Encoded
 from .pretraining_networks import PretrainingNetwork
@@ -36,6 +37,26 @@ def representation(network: PretrainingNetwork, feature: np.ndarray) -> np.ndarr
     return first(torch.from_numpy(feature).to(first.weight.device)).cpu().numpy()
 
 
+def check_judged(label: np.ndarray, test: np.ndarray, dataset: str, papers: bool) -> None:
+    """Raises DataError where labels, of the images that are probed and of test images, are too few for what follows."""
+    if label.ndim == 2:
+        if not any(_both(label[:, place]) and _both(test[:, place]) for place in range(label.shape[1])):
+            raise DataError("no label has both positive and negative images in training and test: give more of them")
+        return
+    kinds, counts = np.unique(label, return_counts=True)
+    if len(kinds) < 2:
+        raise DataError("the images that are probed are of one class: give more --probe-images")
+    if papers and dataset != "imagenet100" and counts.min() < FOLDS:
+        raise DataError(
+            f"--papers-probe: {(counts < FOLDS).sum()} classes have fewer than {FOLDS} images, one for each fold: give more "
+            "--probe-images"
+        )
+
+
+def _both(label: np.ndarray) -> bool:
+    return bool((label == 0).any() and (label == 1).any())
+
+
 def class_worth(
     network: PretrainingNetwork, train: Encoded, test: Encoded, dataset: str, seed: int, papers: bool
 ) -> dict[str, float]:
@@ -44,13 +65,18 @@ def class_worth(
     Of a linear classifier (L-BFGS, strength chosen on training images) of pooled features and of the representation, of the
     nearest training image by cosine; top 5 of the former where there are more classes. papers: also the paper's protocol.
     """
+    classes = int(max(train.label.max(), test.label.max())) + 1
+
+    def judged(scores: np.ndarray, k: int = 1) -> float:
+        return top_k_accuracy(widened(scores, classes), test.label, k)
+
     logits, _ = linear_probe(train.feature, train.label, test.feature, seed=seed)
-    found = {"linear": top_k_accuracy(logits, test.label)}
-    if logits.shape[1] > TOP:
-        found["top_5"] = top_k_accuracy(logits, test.label, TOP)
+    found = {"linear": judged(logits)}
+    if classes > TOP:
+        found["top_5"] = judged(logits, TOP)
     own, other = (representation(network, part.feature) for part in (train, test))
     logits, _ = linear_probe(own, train.label, other, seed=seed)
-    found["linear_representation"] = top_k_accuracy(logits, test.label)
+    found["linear_representation"] = judged(logits)
     for name in ("feature", "projection"):
         near = nearest_label(getattr(train, name), train.label, getattr(test, name))
         found[f"nearest_{name}"] = float((near == test.label).mean())
@@ -60,7 +86,7 @@ def class_worth(
             scores = sgd_probe(own, train.label, other, IMAGENET100, generator)
         else:
             scores = decoupled_uniformity_probe(own, train.label, other, generator)
-        found["papers_protocol"] = top_k_accuracy(scores, test.label)
+        found["papers_protocol"] = judged(scores)
     return found
 
 
@@ -68,7 +94,7 @@ def label_worth(train: Encoded, test: Encoded, names: tuple[str, ...], seed: int
     """AUC of a linear classifier for each label, [N, L] of 0, 1 and NaN, by name, and their mean, `linear`.
 
     A label's unknown images (NaN) are left out, of its training and of its test images alone. Its AUC is None, and has no part
-    in the mean, where either has images of one kind only. Raises DataError where that is so of all.
+    in the mean, where either has images of one kind only.
     """
     found: dict[str, float | None] = {}
     counts: dict[str, list[int]] = {}
@@ -76,14 +102,12 @@ def label_worth(train: Encoded, test: Encoded, names: tuple[str, ...], seed: int
         own, other = train.label[:, place], test.label[:, place]
         known, asked = ~np.isnan(own), ~np.isnan(other)
         counts[name] = [int(known.sum()), int(asked.sum())]
-        y, truth = own[known].astype(np.int64), other[asked].astype(bool)
-        if len(np.unique(y)) < 2 or len(np.unique(truth)) < 2:
+        if not (_both(own) and _both(other)):
             found[name] = None
             continue
+        y, truth = own[known].astype(np.int64), other[asked].astype(bool)
         logits, _ = linear_probe(train.feature[known], y, test.feature[asked], seed=seed)
         score = logits[:, 1] - logits[:, 0]
         found[name] = auroc(score[~truth], score[truth])
     judged = [value for value in found.values() if value is not None]
-    if not judged:
-        raise DataError("no label has both positive and negative images in training and test: give more of them")
     return {"linear": float(np.mean(judged)), "auc": found, "known_images": counts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import timm
 import torch
@@ -79,7 +79,7 @@ def image_encoder(name: str, channels: int, pixels: int, norm: Norm = "group", w
 
 def whole_network(name: str, channels: int, pixels: int) -> nn.Module:
     """A timm network as it is, pooled features, for square images. Raises BackboneError where it takes none such."""
-    sized = {"img_size": pixels} if name.startswith("vit") else {}
+    sized: dict[str, Any] = {"img_size": pixels} if name.startswith("vit") else {}
     try:
         network = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, **sized)
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from posthoc.adapters.errors import DataError, OptionError
 from posthoc.recipes.augmentations import Augmentation
 from posthoc.recipes.decoupled_uniformity import UniformityConfig
 from posthoc.recipes.decoupled_uniformity_data import load_sets
-from posthoc.recipes.decoupled_uniformity_evaluation import label_worth
+from posthoc.recipes.decoupled_uniformity_evaluation import check_judged, class_worth, label_worth, projector
 from posthoc.recipes.decoupled_uniformity_folders import (
     PATHOLOGIES,
     read_chexpert,
@@ -190,7 +191,28 @@ def test_every_label_is_judged_on_the_images_where_it_is_known() -> None:
     assert found["auc"]["b"] > 0.99
     assert found["linear"] == pytest.approx((found["auc"]["a"] + found["auc"]["b"]) / 2)
     with pytest.raises(DataError, match="no label has both"):
-        label_worth(train, Encoded(feature, feature, np.zeros((400, 3))), ("a", "b", "c"), 0)
+        check_judged(train.label, np.zeros((400, 3)), "chexpert", False)
+    check_judged(train.label, test.label, "chexpert", False)
+
+
+def test_classes_that_are_not_probed_are_never_right() -> None:
+    rng = np.random.default_rng(0)
+    label, asked = np.arange(80) % 4, np.arange(60) % 6
+    feature, other = (
+        np.eye(6, dtype=np.float32)[rows] + 0.05 * rng.normal(size=(len(rows), 6)) for rows in (label, asked)
+    )
+    train, test = (Encoded(x.astype(np.float32), x, y) for x, y in ((feature, label), (other, asked)))
+    network: Any = SimpleNamespace(projection=projector(6, 12, 3))
+    found = class_worth(network, train, test, "omniglot", 0, False)
+    assert found["linear"] == found["nearest_feature"] == pytest.approx(4 / 6)
+    assert set(found) == {"linear", "top_5", "linear_representation", "nearest_feature", "nearest_projection"}
+    check_judged(label, asked, "omniglot", True)
+    for few, papers, said in (
+        (label[:6], True, "2 classes have fewer than 3 images"),
+        (label[:1], False, "of one class"),
+    ):
+        with pytest.raises(DataError, match=said):
+            check_judged(few, asked, "omniglot", papers)
 
 
 def test_omniglot_tests_on_other_drawers(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""The recipe decoupled_uniformity: what features are worth with each prior beside none and random features, over seeds.
+
+    python benchmarks/decoupled_uniformity.py --data DATA --output outputs/decoupled-uniformity
+    python benchmarks/decoupled_uniformity.py --data DATA --dataset omniglot --output outputs/decoupled-uniformity
+    python benchmarks/decoupled_uniformity.py --data DATA --dataset cifar10 -- --train-images 12000 --epochs 4
+
+DATA is a folder of data sets, with tf_efficientnet_lite0.safetensors for the prior of that network (timm fetches it otherwise).
+Attributes are of omniglot, cub200 and utzappos alone. A run that is there is read, not repeated; one that was killed goes on.
+What stands behind -- goes to the recipe. Writes and prints DATASET.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from recipe_runs import carried_out
+
+from posthoc.recipes.decoupled_uniformity_report import SEEN
+
+PRIORS: dict[str, list[str]] = {
+    "no kernel": [],
+    "VAE": ["--prior", "vae"],
+    "EfficientNet-Lite0": ["--prior", "tf_efficientnet_lite0"],
+    "attributes": ["--prior", "attributes"],
+    "labels": ["--prior", "labels"],
+}
+WITH_ATTRIBUTES = ("omniglot", "cub200", "utzappos")
+
+
+def spread(values: Iterable[float], scale: float = 100.0) -> str:
+    """Mean and standard deviation over seeds."""
+    numbers = scale * np.array(list(values))
+    return f"{numbers.mean():.{1 if scale > 1 else 3}f}" + (f" ± {numbers.std(ddof=1):.1f}" if len(numbers) > 1 else "")
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Priors down; whether they have seen labels, how much they smooth, and what the features are worth."""
+    first = next(iter(found.values()))
+    columns = [name for name, value in first[0]["worth"].items() if isinstance(value, float)]
+    head = ["prior", "labels", "weight on itself", *(name.replace("_", " ") for name in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, runs in found.items():
+        told = runs[0]["prior"]
+        weight = f"{np.mean([run['prior']['smoother']['diagonal'] for run in runs]):.2f}" if told else "1"
+        seen = SEEN[told["seen_labels"]] if told else SEEN[False]
+        cells = [spread(run["worth"][column] for run in runs) for column in columns]
+        lines.append("| " + " | ".join([name, seen, weight, *cells]) + " |")
+    cells = [spread(run["random_features"][column] for run in first) for column in columns]
+    lines.append("| " + " | ".join(["random features", SEEN[False], "-", *cells]) + " |")
+    return lines
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of data sets and weights")
+    parser.add_argument(
+        "--dataset", default="fashion-mnist", help="a preset of the recipe, such as cifar10 or omniglot"
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/decoupled-uniformity"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="some of the priors, by name")
+    parser.add_argument("--threads", type=int, help="cores that a run takes")
+    arguments = parser.parse_args(words[:cut])
+    unknown = set(arguments.only or ()) - set(PRIORS)
+    if unknown:
+        parser.error(f"--only {', '.join(sorted(unknown))}: the priors are {', '.join(PRIORS)}")
+    priors = {name: more for name, more in PRIORS.items() if name in (arguments.only or PRIORS)}
+    if arguments.dataset not in WITH_ATTRIBUTES:
+        priors.pop("attributes", None)
+    common = ["--preset", arguments.dataset, "--data-dir", str(arguments.data), *words[cut + 1 :]]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in priors}
+    folder = arguments.output / arguments.dataset
+    for seed in arguments.seeds:
+        for name, more in priors.items():
+            place = folder / f"{name.lower().replace(' ', '-')}-{seed}"
+            given = [*common, *more, "--seed", str(seed)]
+            found[name].append(carried_out("decoupled_uniformity", given, place, arguments.threads))
+    minutes = spread((run["made"]["seconds"] / 60 for runs in found.values() for run in runs), 1.0)
+    lines = [
+        f"{arguments.dataset}, seeds {', '.join(map(str, arguments.seeds))}, {minutes} minutes a run",
+        "",
+        *table(found),
+    ]
+    (folder.with_suffix(".md")).write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
