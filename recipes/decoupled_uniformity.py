@@ -32,7 +32,7 @@ from .decoupled_uniformity_priors import open_prior, smoother
 from .decoupled_uniformity_report import draw, table
 from .image_files import FileImages, FileViewBatches
 from .options import Preset, check_counts, check_positive
-from .pretraining import PretrainingConfig, augmentation, own_view_found, pretrain, throughput
+from .pretraining import PretrainingConfig, adamw, augmentation, own_view_found, pretrain, throughput
 from .pretraining_evaluation import encode
 from .pretraining_networks import PretrainingNetwork, image_encoder, synchronised
 from .running import Run, seeded
@@ -82,14 +82,16 @@ class UniformityConfig(PretrainingConfig):
     """random weights for it"""
     cache_dir: Path | None = None
     """where its features are stored; default: the library's store"""
-    optimizer: Literal["sgd", "lars"] = "sgd"
+    normalised: bool = True
+    """whether the projection's hidden layers are normalised, as the encoder's are by --norm; the paper's are not"""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     """lars: a layer's step follows its own length; biases and normalisation take plain steps"""
-    lr: float = 0.1
+    lr: float = 2e-3
     """peak learning rate"""
     final_lr: float = 0.0
     """where its cosine ends"""
     momentum: float = 0.9
-    """of either optimiser"""
+    """of sgd and lars"""
     weight_decay: float = 1e-4
     """not of biases and normalisation"""
     smallest_crop: float = 0.2
@@ -146,9 +148,9 @@ def altered(config: UniformityConfig) -> Augmentation:
 
 
 PAPER: dict[str, Any] = {
-    "network": "resnet18", "norm": "batch", "hidden": 2048, "dim": 256, "batch_size": 256, "epochs": 400, "every": 20,
-    "optimizer": "sgd", "lr": 0.3, "final_lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "warmup": 0.0,
-    "smallest_crop": 0.08, "jitter": 0.8, "papers_probe": True,
+    "network": "resnet18", "norm": "batch", "normalised": False, "hidden": 2048, "dim": 256, "batch_size": 256,
+    "epochs": 400, "every": 20, "optimizer": "sgd", "lr": 0.3, "final_lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0,
+    "warmup": 0.0, "smallest_crop": 0.08, "jitter": 0.8, "papers_probe": True,
 }  # fmt: skip
 """The paper's settings, on CIFAR-10 and as they are shared by the other sets."""
 LARGE: dict[str, Any] = {"optimizer": "lars", "momentum": 0.9, "weight_decay": 1e-6}
@@ -173,6 +175,7 @@ PRESETS: dict[str, Preset] = {
     "vae": {"prior": "vae"},
     "lite0": {"prior": "tf_efficientnet_lite0"},
     "vae-cosine": {"prior": "vae", "kernel": "cosine"},
+    "sgd": {"optimizer": "sgd", "lr": 0.3},
     "lars": {"optimizer": "lars", "lr": 2.0},
     "per-process": {"gather": False},
     "gpu": {"network": "resnet18", "norm": "batch", "epochs": 100, "every": 20, "compile": True},
@@ -286,14 +289,17 @@ def make_network(config: UniformityConfig, sets: Sets) -> PretrainingNetwork:
     channels, pixels = next(sets.held_out.first(1).chunks(torch.device("cpu"))).shape[1:3]
     with seeded(config.seed, NETWORK):
         encoder = image_encoder(config.network, channels, pixels, config.norm, config.width)
-        return PretrainingNetwork(encoder, projector(encoder.size, config.hidden, config.dim))
+        norm = config.norm if config.normalised else None
+        return PretrainingNetwork(encoder, projector(encoder.size, config.hidden, config.dim, norm))
 
 
 def make_optimizer(module: nn.Module, config: UniformityConfig) -> torch.optim.Optimizer:
-    """SGD, or timm's LARS: neither weight decay nor LARS' ratio is of biases, normalisation and single numbers.
+    """AdamW, SGD, or timm's LARS: neither weight decay nor LARS' ratio is of biases, normalisation and single numbers.
 
     LARS steps by lr * .001 |w| / (|g| + decay |w|); a layer of zeros, or without a gradient, by lr.
     """
+    if config.optimizer == "adamw":
+        return adamw(module, config)
     trained = [p for p in module.parameters() if p.requires_grad]
     matrices: dict[str, Any] = {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay}
     vectors: dict[str, Any] = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}

@@ -3,6 +3,7 @@ several."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,25 @@ from ..eval.probe import widened
 from ..eval.probe_protocols import FOLDS, IMAGENET100, decoupled_uniformity_probe, sgd_probe
 from ..eval.probes import linear_probe, nearest_label, top_k_accuracy
 from .pretraining_evaluation import Encoded
-from .pretraining_networks import PretrainingNetwork
+from .pretraining_networks import Norm, PretrainingNetwork
 
 PROBE = 710  # place of the random numbers
 TOP = 5
 
 
-def projector(size: int, hidden: int, dim: int) -> nn.Sequential:
-    """Features [B, size] -> [B, dim] by three linear layers without normalisation; the paper's representation is what the first
-    gives."""
-    return nn.Sequential(
-        nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim)
-    )
+def projector(size: int, hidden: int, dim: int, norm: Norm | None = None) -> nn.Sequential:
+    """Features [B, size] -> [B, dim] by three linear layers; the paper's representation is what the first gives.
+
+    norm: behind the first two; the paper has none. Without it untrained projections of all images are nearly the same, from
+    which small networks take long to part.
+    """
+    layers: list[nn.Module] = []
+    for inputs in (size, hidden):
+        layers.append(nn.Linear(inputs, hidden))
+        if norm is not None:
+            layers.append(nn.BatchNorm1d(hidden) if norm == "batch" else nn.GroupNorm(math.gcd(hidden, 8), hidden))
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers, nn.Linear(hidden, dim))
 
 
 @torch.no_grad()

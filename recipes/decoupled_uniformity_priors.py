@@ -129,9 +129,8 @@ def read_prior(path: Path, label: np.ndarray) -> tuple[np.ndarray, bool | None]:
             f"{path}: prior is {rows.dtype} {list(rows.shape)} and labels {list(own.shape)}; expected numbers "
             f"[{len(label)}, P] and {list(label.shape)}, one row for each training image of the set"
         )
-    same = (
-        np.array([own == label, (own != own) & (label != label)]).any(0).reshape(len(label), -1).all(1)
-    )  # NaN is itself
+    alike = np.stack([own == label, (own != own) & (label != label)]).any(0)  # NaN is itself
+    same = np.asarray(alike).reshape(len(label), -1).all(1)
     if not same.all():
         row = int(np.argmin(same))
         raise DataError(

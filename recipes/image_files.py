@@ -25,7 +25,8 @@ CHUNK = 64
 """Images that are read at a time outside the training."""
 MARGIN = 256 / 224
 """The shorter side before the middle is cut out, over the side of the cut."""
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def open_image(path: str | Path) -> Any:

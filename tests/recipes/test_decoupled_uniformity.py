@@ -126,9 +126,13 @@ def test_two_processes_are_one(folder: Path, unbroken: dict[str, Any]) -> None:
 
 
 def test_the_loss_is_the_librarys_of_each_images_views_and_prior(folder: Path) -> None:
-    config = small(folder, views=3, prior="labels")
+    config = small(folder, views=3, prior="labels", normalised=False)
     sets = load_sets(config)
     network = make_network(config, sets)
+    kinds = [type(part).__name__ for part in network.projection]  # type: ignore[union-attr]
+    assert kinds == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+    parts: Any = make_network(small(folder, norm="batch"), sets).projection
+    assert [type(part).__name__ for part in parts][1::3] == ["BatchNorm1d", "BatchNorm1d"]
     images: Any = sets.train
     known = np.random.default_rng(0).normal(size=(len(sets.train.label), 3)).astype(np.float32)
     batches = Batches(ViewBatches(images, altered(config), 32, 0, ALONE, CPU, 3), known)
@@ -184,7 +188,7 @@ def test_sgd_does_not_shrink_biases() -> None:
     module = nn.Linear(2, 2)
     nn.init.ones_(module.weight)
     nn.init.ones_(module.bias)
-    optimizer = make_optimizer(module, UniformityConfig(lr=0.5, weight_decay=0.1, momentum=0.0))
+    optimizer = make_optimizer(module, UniformityConfig(optimizer="sgd", lr=0.5, weight_decay=0.1, momentum=0.0))
     for p in module.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -271,7 +275,7 @@ def test_the_autoencoders_loss_is_its_elbo(generator: torch.Generator) -> None:
         ("--prior vae --ridge 0", r"ridge=0\.0 was given; use a positive number, or None"),
         ("--t 0", r"t=0\.0 was given"),
         ("--momentum 1", r"--momentum 1\.0 was given"),
-        ("--final-lr 1", r"--final-lr 1\.0 was given; expected a number from 0 to --lr 0\.1"),
+        ("--final-lr 1", r"--final-lr 1\.0 was given; expected a number from 0 to --lr 0\.002"),
         ("--views 0", "--views 0 was given"),
         ("--jitter 2", r"brightness=2\.0"),
     ],
