@@ -158,7 +158,7 @@ LARGE: dict[str, Any] = {"optimizer": "lars", "momentum": 0.9, "weight_decay": 1
 PRESETS: dict[str, Preset] = {
     "smoke": {
         "dataset": "fashion-mnist", "width": 16, "hidden": 128, "dim": 64, "batch_size": 128, "train_images": 4000, "epochs": 5,
-        "probe_images": 2000, "throughput_steps": 3, "check": True,
+        "t": 5.0, "probe_images": 2000, "throughput_steps": 3, "check": True,
     },
     "default": {},
     "paper": PAPER,
