@@ -7,6 +7,10 @@
 A network is pretrained on CIFAR-10 without labels: every image's views are averaged, the averages driven apart. With a prior
 each average is first smoothed by a kernel over what is known of the images, so that alike ones are not driven apart. Then what
 its features know of the classes is measured beside random features, and which priors have seen labels is told.
+
+`--preset smoke` (FashionMNIST, 140 steps of 128 images, a network half as wide, t 5) takes 31 s of one core: linear evaluation
+76.2 %, of random features 73.0 %. Of 100 such steps the gain is 3.7 points with t 5, and 1.5 with t 2, which is the paper's and
+the default. A default run (764 steps of 256 images of CIFAR-10) has not been measured yet.
 """
 
 from __future__ import annotations
@@ -311,7 +315,7 @@ def make_optimizer(module: nn.Module, config: UniformityConfig) -> torch.optim.O
 
 @torch.no_grad()
 def watched(network: PretrainingNetwork, pair: tuple[Tensor, ...]) -> Record:
-    """Of held-out images: the share whose other view is found, the loss without a kernel, and the paper's alignment."""
+    """Of held-out images: the share whose other view is found, Wang and Isola's uniformity (t = 2), the paper's alignment."""
     first, second = (torch.cat([network(part)[1] for part in view.split(CHUNK)]).float().cpu() for view in pair)
     centroids = DecoupledUniformity(gather=False).centroids(torch.stack([first, second], 1))
     return {
