@@ -134,7 +134,7 @@ def read_prior(path: Path, label: np.ndarray) -> tuple[np.ndarray, bool | None]:
     if not same.all():
         row = int(np.argmin(same))
         raise DataError(
-            f"{path}: labels of {int((~same).sum())} of {len(same)} rows are not the set's, first row {row} ({own[row]} there, "
+            f"{path}: labels of {int((~same).sum())} of {len(label)} rows are not the set's, first row {row} ({own[row]} there, "
             f"{label[row]} here): the rows are in another order, or of another set"
         )
     values = (rows[:, 0] if rows.ndim == 3 else rows).reshape(len(rows), -1).astype(np.float32)

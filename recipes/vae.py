@@ -21,7 +21,7 @@ from ..adapters.training_loop import Plan, Record, run_plan, step_generator
 from .running import Run, scheduled, seeded_module
 from .view_batches import BLOCK, BlockRows, Labelled, as_floats
 
-SIDE, WIDTH = 32, 24
+SIDE, WIDTH = 32, 16
 WEIGHTS, BATCHES, NOISE = 720, 721, 722  # places of the random numbers
 LR, WARMUP = 2e-3, 0.05
 USED = 0.01
