@@ -28,6 +28,7 @@ from posthoc.recipes.decoupled_uniformity_priors import read_prior
 from posthoc.recipes.image_files import FileImages, FileViewBatches
 from posthoc.recipes.pretraining_evaluation import Encoded
 
+from .recipe_children import results
 from .test_lam_data import picture
 
 CPU = torch.device("cpu")
@@ -208,7 +209,7 @@ def test_classes_that_are_not_probed_are_never_right() -> None:
     assert set(found) == {"linear", "top_5", "linear_representation", "nearest_feature", "nearest_projection"}
     check_judged(label, asked, "omniglot", True)
     for few, papers, said in (
-        (label[:6], True, "2 classes have fewer than 3 images"),
+        (label[:6], True, "4 classes have fewer than 3 images"),
         (label[:1], False, "of one class"),
     ):
         with pytest.raises(DataError, match=said):
@@ -291,3 +292,23 @@ def test_a_prior_file_must_be_in_the_sets_order(tmp_path: Path) -> None:
     (tmp_path / "wrong.npz").write_text("no zip")
     with pytest.raises(DataError, match=r"cannot be read as an \.npz"):
         read_prior(tmp_path / "wrong.npz", label)
+
+
+@pytest.mark.parametrize("dataset", ["cub200", "chexpert"])
+def test_a_run_on_image_files(dataset: str, tmp_path: Path) -> None:
+    words = f"--dataset {dataset} --data-dir . --size 24 --network small --width 8 --hidden 16 --dim 8 --batch-size 32"
+    words += " --epochs 1 --throughput-steps 1 --rotation 20 --output out"
+    if dataset == "cub200":
+        cub(tmp_path)
+        found = results("decoupled_uniformity", [*words.split(), "--prior", "attributes:has_tail"], tmp_path)
+        assert found["prior"]["groups"] == ["has_tail"]
+        assert found["prior"]["seen_labels"] is True
+        assert found["images"] == {"train": 33, "held_out": 3, "test": 12}
+    else:
+        chexpert(tmp_path)
+        found = results("decoupled_uniformity", words.split(), tmp_path)
+        assert found["prior"] is None
+        known = {name for name, value in found["worth"]["auc"].items() if value is not None}
+        assert known == {PATHOLOGIES[0]}, "of the others the copy has no sick patient"
+        assert 0 <= found["worth"]["linear"] == found["worth"]["auc"][PATHOLOGIES[0]] <= 1
+    assert found["held_out"]["after"]["step"] == 1
