@@ -20,7 +20,7 @@ from ..adapters.errors import OptionError, PosthocError, suggest
 from ..adapters.metric_laplace import MetricPosterior
 from . import running
 from .lam_data import SIDES, DataOptions, Dataset, load_sets
-from .lam_methods import BASELINES, METHODS, VARIANTS, Methods, answers, scores
+from .lam_methods import BASELINES, METHODS, VARIANTS, Inputs, Methods, answer, score
 from .lam_report import Judged, as_results, draw, judge, table
 from .lam_training import BLOCK
 from .options import Preset, RecipeConfig, check_counts, check_positive
@@ -187,26 +187,22 @@ def run(config: LamConfig) -> None:
 
 
 def judge_all(methods: Methods) -> dict[str, Judged]:
-    """The figures of every method, in the order of the options."""
-    config, sets = methods.config, methods.sets
-    groups = methods.groups()
-    inside = answers(groups, sets.test.pictures, methods.device, with_samples=True)
-    own = scores(inside, config.reference)
-    outside = {
-        name: scores(answers(groups, one, methods.device, with_samples=False), config.reference)
-        for name, one in sets.ood.items()
-    }
+    """The figures of every method, in the order of the options; one method's answers are kept at a time, which are large."""
+    config, test = methods.config, methods.sets.test
+    found: dict[str, Judged] = {}
+    for group in methods.groups():
+        inside = Inputs(group, test.pictures, methods.device)
+        outside = {name: Inputs(group, one, methods.device) for name, one in methods.sets.ood.items()}
+        for name, head in group.heads.items():
+            others = {
+                other: score(name, answer(head, one, with_samples=False), config.reference)
+                for other, one in outside.items()
+            }
+            own = answer(head, inside, with_samples=not test.of_places)
+            found[name] = judge(own, test, others, score(name, own, config.reference), config.reference)
+            del own
     names = ["deterministic", *(name for name in config.methods if name != "deterministic")]
-    return {
-        name: judge(
-            inside[name],
-            sets.test,
-            {other: found[name] for other, found in outside.items()},
-            own[name],
-            config.reference,
-        )
-        for name in names
-    }
+    return {name: found[name] for name in names}
 
 
 _RELEASED: Preset = {

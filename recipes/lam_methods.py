@@ -5,8 +5,8 @@ A method answers by a head on the features of a trunk, so that all posteriors ov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -303,39 +303,49 @@ class EnsembleHead:
         return summarise(frames if self.rotations is None else frames @ self.rotations)
 
 
+class Inputs:
+    """What the heads of a group take, some images at a time. Features that several heads take are computed once, and kept."""
+
+    def __init__(self, group: Group, pictures: Pictures, device: torch.device) -> None:
+        self.trunk, self.pictures, self.device = group.trunk, pictures, device
+        self.kept: list[Tensor] | None = None
+        if len(group.heads) > 1:
+            self.kept = [x.cpu() for x in self]
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.kept is not None:
+            yield from (x.to(self.device) for x in self.kept)
+            return
+        for rows in np.array_split(np.arange(len(self.pictures)), max(1, -(-len(self.pictures) // ROWS))):
+            yield self.trunk(self.pictures.plain(rows).to(self.device)).float()
+
+
 @torch.no_grad()
-def answers(
-    groups: Sequence[Group], pictures: Pictures, device: torch.device, with_samples: bool
-) -> dict[str, MetricEmbedding]:
-    """What all methods say of all images, on the CPU; without their samples, which are large, unless asked for."""
-    parts: dict[str, list[MetricEmbedding]] = {}
-    for rows in np.array_split(np.arange(len(pictures)), max(1, -(-len(pictures) // ROWS))):
-        images = pictures.plain(rows).to(device)
-        for group in groups:
-            x = group.trunk(images).float()
-            for name, head in group.heads.items():
-                answer = head(x)
-                parts.setdefault(name, []).append(_on_cpu(answer if with_samples else replace(answer, samples=None)))
-    return {name: _joined(one) for name, one in parts.items()}
+def answer(head: Head, inputs: Inputs, with_samples: bool) -> MetricEmbedding:
+    """What one method says of all images, on the CPU; without its samples, which are large, unless asked for."""
+    parts: dict[str, list[Tensor]] = {}
+    drawn: Tensor | None = None
+    start = 0
+    for x in inputs:
+        found = dict(vars(head(x)))
+        samples = found.pop("samples")
+        for name, value in found.items():
+            parts.setdefault(name, []).append(value.cpu())
+        if (
+            with_samples and samples is not None
+        ):  # into their place, where a list of them would be there twice at the end
+            if drawn is None:
+                drawn = samples.new_empty(len(samples), len(inputs.pictures), samples.shape[-1], device="cpu")
+            drawn[:, start : start + len(x)] = samples.cpu()
+        start += len(x)
+    whole: dict[str, Any] = {name: torch.cat(values) for name, values in parts.items()}
+    return MetricEmbedding(**whole, samples=drawn)
 
 
-def _on_cpu(answer: MetricEmbedding) -> MetricEmbedding:
-    moved: dict[str, Any] = {name: None if x is None else x.cpu() for name, x in vars(answer).items()}
-    return MetricEmbedding(**moved)
-
-
-def _joined(parts: Sequence[MetricEmbedding]) -> MetricEmbedding:
-    found: dict[str, Any] = {}
-    for field in fields(MetricEmbedding):
-        values = [getattr(part, field.name) for part in parts]
-        found[field.name] = None if values[0] is None else torch.cat(values, 1 if field.name == "samples" else 0)
-    return MetricEmbedding(**found)
-
-
-def scores(answers: Mapping[str, MetricEmbedding], reference: bool) -> dict[str, np.ndarray]:
+def score(name: str, answer: MetricEmbedding, reference: bool) -> np.ndarray:
     """One uncertainty [N] for each image: 1 - R^2 (of PFE and HIB the summed variance); the paper's sum of deviations."""
-    found = {name: (one.spread.sum(-1) if reference else one.uncertainty).numpy() for name, one in answers.items()}
-    for name, score in found.items():
-        if not np.isfinite(score).all():
-            raise DataError(f"{name}: an uncertainty is not finite: try a smaller --lr")
+    found = (answer.spread.sum(-1) if reference else answer.uncertainty).numpy()
+    if not np.isfinite(found).all():
+        raise DataError(f"{name}: an uncertainty is not finite: try a smaller --lr")
     return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,19 @@ from posthoc.adapters.metric_training import MetricObjective
 from posthoc.adapters.mining import mine_triplets
 from posthoc.adapters.positives import label_masks
 from posthoc.adapters.training_loop import step_generator
+from posthoc.recipes import lam, lam_methods
 from posthoc.recipes.lam import LamConfig
 from posthoc.recipes.lam_data import Part, PixelPictures
-from posthoc.recipes.lam_methods import DropoutHead, EnsembleHead, PosteriorHead, noise_precision
+from posthoc.recipes.lam_methods import (
+    DropoutHead,
+    EnsembleHead,
+    Group,
+    Inputs,
+    PointHead,
+    PosteriorHead,
+    answer,
+    noise_precision,
+)
 from posthoc.recipes.lam_networks import EmbeddingNetwork, GeneralisedMean, make_network
 from posthoc.recipes.lam_report import found_images, judge, table
 from posthoc.recipes.lam_training import BLOCK, TRIPLETS, Batches, FaceObjective, HedgedObjective, Step
@@ -183,6 +195,42 @@ def test_dropout_has_one_mask_for_all_images_of_a_draw() -> None:
         kept = first.draw(2000, torch.Generator().manual_seed(0))
         assert set(kept.unique().tolist()) == {0.0, 2.0}
         assert float(kept.mean()) == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_the_draws_of_one_method_are_kept_at_a_time(monkeypatch: pytest.MonkeyPatch, places: bool) -> None:
+    """And none where nothing can vote; all images get the answers of one pass."""
+    monkeypatch.setattr(lam_methods, "ROWS", 16)
+    rng = np.random.default_rng(0)
+    pictures = PixelPictures(rng.integers(0, 256, (40, *SIZE), np.uint8), False)
+    target = rng.uniform(0, 200, (40, 2)) if places else np.arange(40) % 10
+    test = Part(pictures, target, np.arange(40) % 3 == 0 if places else None)
+    networks = [network_of(0.5), network_of(0.5)]
+    heads = {str(seed): DropoutHead(networks[0], 3, seed) for seed in (1, 2)}
+    groups = [Group(nn.Identity(), {"deterministic": PointHead(nn.Flatten()), **heads})]  # type: ignore[arg-type]
+    groups.append(Group(networks[1].trunk, {"alone": PointHead(networks[1].head)}))
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(own: MetricEmbedding, *rest: Any) -> Any:
+        assert not any(draws() is not None for draws in alive)
+        assert (own.samples is None) == places
+        if own.samples is not None:
+            alive.append(weakref.ref(own.samples))
+        return judge(own, *rest)
+
+    monkeypatch.setattr(lam, "judge", watched)
+    stub: Any = SimpleNamespace(
+        config=SimpleNamespace(methods=("2", "alone", "1"), reference=False), device=torch.device("cpu"),
+        sets=SimpleNamespace(test=test, ood={"other": pictures.first(30)}), groups=lambda: groups,
+    )  # fmt: skip
+    found = lam.judge_all(stub)
+    assert list(found) == ["deterministic", "2", "alone", "1"]
+    assert len(alive) == (0 if places else 4)
+    whole = heads["2"](pictures.plain(np.arange(40)))
+    apart = answer(heads["2"], Inputs(groups[0], pictures, torch.device("cpu")), with_samples=True)
+    assert whole.samples is not None
+    torch.testing.assert_close(apart.samples, whole.samples.detach())
+    torch.testing.assert_close(apart.uncertainty, whole.uncertainty.detach())
 
 
 def test_members_are_turned_onto_the_first() -> None:
