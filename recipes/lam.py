@@ -43,8 +43,9 @@ class LamConfig(RecipeConfig):
     data_dir: Path | None = None
     """folder of the data; default $POSTHOC_DATA, else ~/.cache/posthoc/data"""
     ood: tuple[str, ...] | None = None
-    """sets of other images, by the names of `posthoc eval ood`, cub200, or other-alphabets of omniglot; default: those of the
-    paper where they are known"""
+    """sets of other images, by the names of `posthoc eval ood`, cub200, or other-alphabets of omniglot; default: mnist beside
+    fashion-mnist, tiny-imagenet and dtd beside cifar10 (the paper's code has svhn), other-alphabets and notmnist beside omniglot,
+    cars196 beside cub200, cub200 beside lfw"""
     train_images: int | None = 20_000
     """at most so many training images, evenly spaced; None: all"""
     test_images: int | None = 5000
@@ -229,7 +230,7 @@ PRESETS: dict[str, Preset] = {
     "msls": {**_FILES, "dataset": "msls", "margin": 0.1, "miner": "all", "prior_precision": 1.0,
              "methods": (*BASELINES[:2], *SOME)},
     "paper-cifar10": {**_RELEASED, "dataset": "cifar10", "network": "pooled", "dim": 16, "epochs": 20, "batch_size": 256,
-                      "lr": 256 * 1e-5, "kl_weight": 1e-4},
+                      "lr": 256 * 1e-5, "kl_weight": 1e-4, "ood": ("svhn",)},
     "paper-online": {"batch_size": 64, "lr": 64 * 1e-3},
     "paper-cifar10-online": {"epochs": 40, "hessian_miner": "hard"},
     "paper-cub200": {**_RELEASED, **_FILES, "dataset": "cub200", "max_triplets": 30, "memory": 0.9997, "hessian_start": 1e6,

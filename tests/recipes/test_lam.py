@@ -144,24 +144,23 @@ def test_every_preset_is_a_config(preset: str) -> None:
 
 
 def test_the_papers_configs_are_presets() -> None:
-    """spec/lam.md section 8: batch, epochs, lr times batch, margin, latent, miners, memory, most triplets."""
+    """spec/lam.md section 8: batch, epochs, lr times batch, margin, latent, miners, memory, most triplets, weight decay, start;
+    section 10: what CIFAR-10's code tells apart."""
     known = {
-        ("paper",): (256, 20, 0.256, 0.7, 3, "all", None, 0.999, 5000),
-        ("paper", "paper-online"): (64, 20, 0.064, 0.7, 3, "all", None, 0.999, 5000),
-        ("paper-cifar10",): (256, 20, 2.56e-3, 0.7, 16, "all", None, 0.999, 5000),
-        ("paper-cifar10", "paper-cifar10-online"): (256, 40, 2.56e-3, 0.7, 16, "all", "hard", 0.999, 5000),
-        ("paper-cub200",): (64, 20, 1.92e-5, 1.0, 2048, "semihard", "all", 0.9997, 30),
-        ("paper-lfw",): (64, 200, 1.92e-5, 1.0, 2048, "semihard", None, 0.995, 30),
-        ("paper-msls",): (64, 20, 1.92e-5, 0.1, 2048, "all", "semihard", 0.99999, 10),
+        ("paper",): (256, 20, 0.256, 0.7, 3, "all", None, 0.999, 5000, 1e-5, None),
+        ("paper", "paper-online"): (64, 20, 0.064, 0.7, 3, "all", None, 0.999, 5000, 1e-5, None),
+        ("paper-cifar10",): (256, 20, 2.56e-3, 0.7, 16, "all", None, 0.999, 5000, 1e-5, None),
+        ("paper-cifar10", "paper-cifar10-online"): (256, 40, 2.56e-3, 0.7, 16, "all", "hard", 0.999, 5000, 1e-5, None),
+        ("paper-cub200",): (64, 20, 1.92e-5, 1.0, 2048, "semihard", "all", 0.9997, 30, 1e-5, 1e6),
+        ("paper-lfw",): (64, 200, 1.92e-5, 1.0, 2048, "semihard", None, 0.995, 30, 1e-5, None),
+        ("paper-msls",): (64, 20, 1.92e-5, 0.1, 2048, "all", "semihard", 0.99999, 10, 1e-6, 1e6),
     }
-    for names, (batch, epochs, lr, margin, dim, miner, hessian, memory, most) in known.items():
+    for names, (batch, epochs, lr, margin, dim, miner, hessian, memory, most, decay, start) in known.items():
         config = parse("lam", LamConfig, PRESETS, None, ["--preset", *names])
         assert (config.batch_size, config.epochs, config.margin, config.dim) == (batch, epochs, margin, dim)
-        assert (config.miner, config.hessian_miner, config.memory, config.max_triplets) == (
-            miner,
-            hessian,
-            memory,
-            most,
-        )
+        assert (config.miner, config.hessian_miner, config.memory) == (miner, hessian, memory)
+        assert (config.max_triplets, config.weight_decay, config.hessian_start) == (most, decay, start)
         assert config.lr == pytest.approx(lr)
-        assert config.optimizer == "rmsprop"
+        assert (config.optimizer, config.dropout) == ("rmsprop", 0.05)
+        assert config.kl_weight == (1e-4 if config.dataset == "cifar10" else 1e-6)
+        assert config.ood == (("svhn",) if config.dataset == "cifar10" else None)
