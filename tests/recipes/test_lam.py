@@ -140,7 +140,8 @@ def test_bad_options_end_in_one_line(
 def test_every_preset_is_a_config(preset: str) -> None:
     config = parse("lam", LamConfig, PRESETS, None, ["--preset", preset, "--seed", "3"])
     assert config.seed == 3
-    assert config.reference == preset.startswith("paper") * (not preset.endswith("online"))
+    laid_on_another = preset.endswith(("online", "others", "deterministic"))
+    assert config.reference == (preset.startswith("paper") and not laid_on_another)
 
 
 def test_the_papers_configs_are_presets() -> None:
@@ -152,8 +153,14 @@ def test_the_papers_configs_are_presets() -> None:
         ("paper-cifar10",): (256, 20, 2.56e-3, 0.7, 16, "all", None, 0.999, 5000, 1e-5, None),
         ("paper-cifar10", "paper-cifar10-online"): (256, 40, 2.56e-3, 0.7, 16, "all", "hard", 0.999, 5000, 1e-5, None),
         ("paper-cub200",): (64, 20, 1.92e-5, 1.0, 2048, "semihard", "all", 0.9997, 30, 1e-5, 1e6),
+        ("paper-cub200", "paper-cub200-others"): (
+            *(64, 20, 1.92e-5, 1.0, 2048, "semihard", None, 0.995, 30, 1e-5, None),
+        ),
         ("paper-lfw",): (64, 200, 1.92e-5, 1.0, 2048, "semihard", None, 0.995, 30, 1e-5, None),
         ("paper-msls",): (64, 20, 1.92e-5, 0.1, 2048, "all", "semihard", 0.99999, 10, 1e-6, 1e6),
+        ("paper-msls", "paper-msls-deterministic"): (
+            *(64, 30, 6.4e-6, 0.1, 2048, "all", None, 0.99999, 10, 1e-5, 1e6),
+        ),
     }
     for names, (batch, epochs, lr, margin, dim, miner, hessian, memory, most, decay, start) in known.items():
         config = parse("lam", LamConfig, PRESETS, None, ["--preset", *names])
@@ -164,3 +171,7 @@ def test_the_papers_configs_are_presets() -> None:
         assert (config.optimizer, config.dropout) == ("rmsprop", 0.05)
         assert config.kl_weight == (1e-4 if config.dataset == "cifar10" else 1e-6)
         assert config.ood == (("svhn",) if config.dataset == "cifar10" else None)
+        online = {name for name in config.methods if name.startswith("online")}
+        if config.dataset in ("cub200", "msls"):  # whose online variants have configs of their own
+            arccos = config.hessian_miner is not None
+            assert online == {"online-arccos-fixed"} if arccos else "online-arccos-fixed" not in online
