@@ -96,6 +96,10 @@ class Methods:
             if name.startswith("online"):
                 self._online(name)
 
+    def best(self) -> dict[str, float]:
+        """Each training's mAP@5 of held-out images, at the epoch that was kept."""
+        return {name: one.records[one.best]["validation_map_at_5"] for name, one in self.histories.items()}
+
     def _fresh(self, seed: int, rate: float = 0.0) -> EmbeddingNetwork:
         config = self.config
         size = self.sets.train.pictures.size
