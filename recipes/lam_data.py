@@ -64,29 +64,37 @@ class Pictures(Protocol):
 
     def fingerprint(self) -> np.ndarray | str: ...
 
+    def put(self, device: torch.device) -> None:
+        """Where it helps, onto the device: answers are there then."""
+        ...
+
 
 class PixelPictures:
-    """Small images in memory, uint8 [N, C, H, W]; none is altered, as in the paper."""
+    """Small images in memory, uint8 [N, C, H, W], which lie on the device after `put`; none is altered, as in the paper."""
 
-    def __init__(self, pixels: np.ndarray, normalised: bool) -> None:
-        self.pixels, self.normalised = pixels, normalised
-        self.size: tuple[int, int, int] = pixels.shape[1:]  # type: ignore[assignment]
+    def __init__(self, pixels: np.ndarray | Tensor, normalised: bool) -> None:
+        self.pixels, self.normalised = torch.as_tensor(pixels), normalised
+        self.size: tuple[int, int, int] = tuple(self.pixels.shape[1:])  # type: ignore[assignment]
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def plain(self, rows: np.ndarray) -> Tensor:
-        x = torch.from_numpy(self.pixels[rows]).float() / 255.0
-        return (x - _numbers(0)) / _numbers(1) if self.normalised else x
+        x = self.pixels[torch.from_numpy(rows).to(self.pixels.device)].float() / 255.0
+        return (x - _numbers(0).to(x)) / _numbers(1).to(x) if self.normalised else x
 
     def training(self, rows: np.ndarray, generators: Sequence[torch.Generator]) -> Tensor:
         return self.plain(rows)
 
     def first(self, count: int) -> PixelPictures:
-        return PixelPictures(self.pixels[_spaced(len(self), count)], self.normalised)
+        rows = torch.from_numpy(_spaced(len(self), count))
+        return PixelPictures(self.pixels[rows.to(self.pixels.device)], self.normalised)
 
     def fingerprint(self) -> np.ndarray:
-        return self.pixels
+        return self.pixels.cpu().numpy()
+
+    def put(self, device: torch.device) -> None:
+        self.pixels = self.pixels.to(device)
 
 
 class FilePictures:
@@ -124,6 +132,9 @@ class FilePictures:
     def fingerprint(self) -> str:
         return FileSource(self.paths, base=self.base).fingerprint()
 
+    def put(self, device: torch.device) -> None:
+        """They stay in their files."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -158,6 +169,11 @@ class Sets:
     @property
     def parts(self) -> tuple[Part, Part, Part]:
         return self.train, self.validation, self.test
+
+    def put(self, device: torch.device) -> None:
+        """All of them, where it helps."""
+        for pictures in (*(part.pictures for part in self.parts), *self.ood.values()):
+            pictures.put(device)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Methods:
 
     def __init__(self, run: Run, config: LamConfig, sets: Sets) -> None:
         self.run, self.config, self.sets = run, config, sets
+        sets.put(run.device)
         self.histories: dict[str, History] = {}
         self.before: dict[str, float] = {}
         self.reports: dict[str, Any] = {}

@@ -23,6 +23,7 @@ from ..adapters.training_loop import History, Plan, Record, run_plan, step_gener
 from .lam_data import Part
 from .lam_networks import EmbeddingNetwork, GeneralisedMean
 from .lam_report import found_images
+from .pretraining import Ahead
 from .running import Run, row_blocks, scheduled
 
 if TYPE_CHECKING:
@@ -187,15 +188,16 @@ def train(
         schedule = scheduled("cosine", optimizer, steps, WARMUP)
     else:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: math.exp(-DECAY * (i // batches.each)))
-    plan = Plan(
-        name=name,
-        steps=steps,
-        every=batches.each,
-        batch=batches,
-        evaluate=watch,
-        folder=run.folder,
-        signature=run.signature,
-        lowest=lowest,
-        observe=run.observe(name, steps),
-    )
-    return run_plan(step, optimizer, schedule, plan)
+    with Ahead(batches) as ahead:
+        plan = Plan(
+            name=name,
+            steps=steps,
+            every=batches.each,
+            batch=ahead,
+            evaluate=watch,
+            folder=run.folder,
+            signature=run.signature,
+            lowest=lowest,
+            observe=run.observe(name, steps),
+        )
+        return run_plan(step, optimizer, schedule, plan)

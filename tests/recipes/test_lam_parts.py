@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from posthoc.adapters.positives import label_masks
 from posthoc.adapters.training_loop import step_generator
 from posthoc.recipes import lam, lam_methods
 from posthoc.recipes.lam import LamConfig
-from posthoc.recipes.lam_data import Part, PixelPictures
+from posthoc.recipes.lam_data import Part, PixelPictures, Sets
 from posthoc.recipes.lam_methods import (
     DropoutHead,
     EnsembleHead,
@@ -38,7 +39,7 @@ from posthoc.recipes.lam_methods import (
 )
 from posthoc.recipes.lam_networks import EmbeddingNetwork, GeneralisedMean, make_network
 from posthoc.recipes.lam_report import found_images, judge, table
-from posthoc.recipes.lam_training import BLOCK, TRIPLETS, Batches, FaceObjective, HedgedObjective, Step
+from posthoc.recipes.lam_training import BLOCK, TRIPLETS, Batches, FaceObjective, HedgedObjective, Step, Watch, train
 from posthoc.recipes.running import seeded
 
 from .test_lam import SIZE
@@ -138,6 +139,37 @@ def gaussian_of(x: torch.Tensor) -> Any:
     with torch.no_grad():
         gaussian.variance[-1].weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     return gaussian
+
+
+def test_small_images_lie_on_the_device_as_they_are() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 3, 8, 8), np.uint8)
+    pictures = PixelPictures(pixels, True)
+    np.testing.assert_array_equal(pictures.fingerprint(), pixels)
+    plain = pictures.plain(np.arange(3))
+    part = Part(pictures, np.arange(7))
+    Sets(part, part, part, {}).put(torch.device("meta"))
+    assert (pictures.pixels.device.type, pictures.pixels.dtype) == ("meta", torch.uint8)
+    there = pictures.first(4).training(np.arange(3), [])
+    assert (there.device.type, there.dtype, there.shape) == ("meta", plain.dtype, plain.shape)
+
+
+def test_batches_are_made_while_the_network_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, in their order, and each of them once."""
+    part = Part(PixelPictures(np.zeros((32, *SIZE), np.uint8), False), np.arange(32) % 4)
+    config: Any = LamConfig(batch_size=16, epochs=2)
+    batches, made = Batches(part, config, Launch(0, 1), 0), []
+    call = Batches.__call__
+
+    def watched(self: Batches, step: int) -> Any:
+        made.append((step, threading.current_thread() is threading.main_thread()))
+        return call(self, step)
+
+    monkeypatch.setattr(Batches, "__call__", watched)
+    network = network_of()
+    step = Step(network, MetricObjective(network.head, ContrastiveMetric(0.7)), gather=True)
+    run: Any = SimpleNamespace(folder=None, signature="", observe=lambda *_: None)
+    train(run, "alone", step, batches, Watch(network, part, torch.device("cpu")), config)
+    assert made == [(step, False) for step in range(5)], "one more than is trained on: it was not known to be the last"
 
 
 def test_the_blocks_of_a_batch_are_those_of_any_process() -> None:
