@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..adapters.embedding_baselines import GaussianEmbedding, procrustes
+from ..adapters.embedding_baselines import Deterministic, GaussianEmbedding, procrustes
 from ..adapters.errors import DataError
 from ..adapters.losses import ContrastiveMetric
 from ..adapters.metric_curvature import APPROXIMATIONS, LOSSES
@@ -167,7 +167,9 @@ class Methods:
     def groups(self) -> list[Group]:
         """How the methods answer, in the order of the config; posteriors are fitted here, by one process."""
         config, base = self.config, self.networks["deterministic"]
-        shared: dict[str, Head] = {"deterministic": PointHead(base.head)}
+        point = Deterministic()
+        point.network = base.head
+        shared: dict[str, Head] = {"deterministic": point.embed}
         others: list[Group] = []
         noise: Tensor | None = None
         features = None
@@ -251,18 +253,6 @@ def noise_precision(network: EmbeddingNetwork, x: Tensor) -> float:
     """The prior precision at which, without curvature, an embedding's noise has `NOISE_SHARE` of its squared length."""
     length = network.head(x).square().sum(-1).clamp(min=1e-12)
     return float((network.head.out_features * (x.square().sum(-1) + 1.0) / length).median() / NOISE_SHARE)
-
-
-class PointHead:
-    """A trained embedding alone: no spread, and an uncertainty of 0 for every image."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer = layer
-
-    def __call__(self, x: Tensor) -> MetricEmbedding:
-        u = functional.normalize(self.layer(x), dim=-1)
-        nothing = u.new_zeros(len(u))
-        return MetricEmbedding(u, u, torch.zeros_like(u), nothing + 1, nothing + torch.inf, nothing, u[None])
 
 
 class PosteriorHead:

@@ -16,6 +16,7 @@ from torch.distributions import Normal
 from torch.nn import functional
 
 from posthoc.adapters.distributed import Launch
+from posthoc.adapters.embedding_baselines import Deterministic
 from posthoc.adapters.losses import ContrastiveMetric, HedgedGaussian
 from posthoc.adapters.metric_curvature import pair_diagonal, signed_pairs
 from posthoc.adapters.metric_laplace import MetricPosterior
@@ -31,8 +32,8 @@ from posthoc.recipes.lam_methods import (
     DropoutHead,
     EnsembleHead,
     Group,
+    Head,
     Inputs,
-    PointHead,
     PosteriorHead,
     answer,
     noise_precision,
@@ -229,6 +230,12 @@ def test_dropout_has_one_mask_for_all_images_of_a_draw() -> None:
         assert float(kept.mean()) == pytest.approx(1.0, abs=0.02)
 
 
+def point_of(network: nn.Module) -> Head:
+    point = Deterministic()
+    point.network = network
+    return point.embed
+
+
 @pytest.mark.parametrize("places", [False, True])
 def test_the_draws_of_one_method_are_kept_at_a_time(monkeypatch: pytest.MonkeyPatch, places: bool) -> None:
     """And none where nothing can vote; all images get the answers of one pass."""
@@ -239,8 +246,8 @@ def test_the_draws_of_one_method_are_kept_at_a_time(monkeypatch: pytest.MonkeyPa
     test = Part(pictures, target, np.arange(40) % 3 == 0 if places else None)
     networks = [network_of(0.5), network_of(0.5)]
     heads = {str(seed): DropoutHead(networks[0], 3, seed) for seed in (1, 2)}
-    groups = [Group(nn.Identity(), {"deterministic": PointHead(nn.Flatten()), **heads})]  # type: ignore[arg-type]
-    groups.append(Group(networks[1].trunk, {"alone": PointHead(networks[1].head)}))
+    groups = [Group(nn.Identity(), {"deterministic": point_of(networks[0]), **heads})]
+    groups.append(Group(networks[1].trunk, {"alone": point_of(networks[1].head)}))
     alive: list[weakref.ref[torch.Tensor]] = []
 
     def watched(own: MetricEmbedding, *rest: Any) -> Any:
