@@ -26,6 +26,7 @@ from ..eval.datasets import SETS, default_data_dir, open_named
 from .augmentations import Augmentation, augment, draw
 from .image_files import in_threads, open_image
 from .lam_folders import Files, hold_out, read_cub200, read_lfw, read_msls
+from .small_image_networks import RESNET_STATISTICS
 
 Dataset = Literal["fashion-mnist", "cifar10", "omniglot", "cub200", "lfw", "msls"]
 SIDES: dict[str, tuple[int, int, int]] = {
@@ -36,7 +37,6 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "cub200": ("cars196",), "lfw": ("cub200",), "msls": (),
 }  # fmt: skip
 """The OOD sets of each data set, unless others are named."""
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CARS = 98
 """Classes of Cars196 that metric learning trains on, as a rule: the others are the OOD set of CUB-200."""
 SPLIT = 400  # place of the random numbers
@@ -302,7 +302,7 @@ def _pixels(source: Source, rows: np.ndarray, size: tuple[int, int, int]) -> np.
 
 
 def _numbers(which: int) -> Tensor:
-    return torch.tensor(IMAGENET[which]).view(3, 1, 1)
+    return torch.tensor(RESNET_STATISTICS[which]).view(3, 1, 1)
 
 
 def _spaced(length: int, count: int) -> np.ndarray:
