@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 Words = list[str]
+DEADLINE = 1200.0
+"""Seconds that a child may take: of a minute's work, on a machine that others crowd."""
 
 
 def output_of(words: Words, folder: Path) -> Path:
@@ -38,7 +40,7 @@ def results_of_two(recipe: str, words: Words, folder: Path) -> dict[str, Any]:
         port = str(free.getsockname()[1])
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", port]
     process = _start(launcher, recipe, words, folder, OMP_NUM_THREADS="1")
-    printed, errors = process.communicate(timeout=600)
+    printed, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0, errors
     for head in [line for line in printed.splitlines() if line.startswith("|")][:1]:
         assert printed.count(head) == 1
@@ -50,7 +52,7 @@ def kill_at_checkpoint(recipe: str, words: Words, folder: Path, checkpoint: str)
     output = output_of(words, folder)
     assert not (output / checkpoint).exists()
     process = _start([], recipe, words, folder)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + DEADLINE
     while not (output / checkpoint).exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline

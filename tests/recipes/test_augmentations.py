@@ -69,17 +69,19 @@ def test_nothing_is_done_where_nothing_is_asked_for(generator: torch.Generator) 
 
 
 def test_boxes_are_distributed_as_torchvisions(generator: torch.Generator) -> None:
-    """Of both kinds: a wide range of shapes, and one that mostly fails, so that the middle is taken."""
-    for scale, ratio in (((0.08, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (2.0, 3.0))):
-        done = draw(Augmentation(scale=scale, ratio=ratio), 4000, (3, 32, 32), generator)
+    """Of both kinds: a wide range of shapes, and one that always fails, so that the middle is taken."""
+    for scale, ratio, count in (((0.08, 1.0), (3 / 4, 4 / 3), 2000), ((0.9, 1.0), (2.0, 3.0), 20)):
+        done = draw(Augmentation(scale=scale, ratio=ratio), count, (3, 32, 32), generator)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            drawn = [transforms.RandomResizedCrop.get_params(torch.empty(3, 32, 32), scale, ratio) for _ in range(4000)]
+            drawn = [
+                transforms.RandomResizedCrop.get_params(torch.empty(3, 32, 32), scale, ratio) for _ in range(count)
+            ]
         theirs = torch.tensor(drawn).double()
         ours = done.box.double()
         for moment in (torch.mean, torch.std):
             # five standard errors of either
-            assert (moment(ours, 0) - moment(theirs, 0)).abs().max() < 5 * 10 / math.sqrt(4000)
+            assert (moment(ours, 0) - moment(theirs, 0)).abs().max() < 5 * 10 / math.sqrt(count)
         assert (ours[:, :2] >= 0).all()
         assert (ours[:, :2] + ours[:, 2:] <= 32).all()
     assert ours.unique(dim=0).tolist() == [[8, 0, 16, 32]]  # no such box fits: ratio 2 in the middle
