@@ -15,8 +15,8 @@ features 32.5 %; AUROC of the temperature .91 against MNIST, of kNN .08. `--pres
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,8 +118,7 @@ class TauConfig(PretrainingConfig):
         for name in ("dropout", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)} was given; expected a number from 0 to below 1")
-        if self.backbone is None and (self.checkpoint is not None or self.random_weights):
-            raise OptionError("--checkpoint and --random-weights are of a frozen network: name it with --backbone")
+        check_part(self)
         if self.include_positive and self.method != "tau":
             raise OptionError(f"--include-positive is an option of --method tau; {self.method} was given")
         if self.include_positive and self.reference:
@@ -130,12 +129,41 @@ PAPER: dict[str, Any] = {
     "network": "resnet18", "norm": "batch", "hidden": 512, "dim": 128, "batch_size": 128, "epochs": 200, "every": 10,
     "lr": 1e-4, "weight_decay": 0.0, "queue": 65536, "momentum": 0.999, "papers_probe": True,
 }  # fmt: skip
+OF_A_HEAD = ("backbone", "checkpoint", "random_weights", "positives", "views", "test_images", "cache_dir")
+OF_BOTH = (
+    "output", "seed", "resume", "dataset", "data_dir", "train_images", "ood_images", "epochs", "lr", "batch_size",
+    "reference", "temperature",
+)  # fmt: skip
+"""Options that a head on a frozen network reads; a pretraining reads all but `OF_A_HEAD`."""
+
+
+def check_part(config: TauConfig) -> None:
+    """Raises OptionError for options that the part of the recipe which is asked for does not read."""
+    other = [one.name for one in fields(config) if getattr(config, one.name) != one.default]
+    if config.backbone is None:
+        wrong = [name for name in other if name in OF_A_HEAD]
+        which = "of a head on a frozen network: name the network with --backbone, or leave them out"
+    else:
+        wrong = [name for name in other if name not in OF_A_HEAD + OF_BOTH]
+        which = f"of a pretraining: a head on a frozen network (--backbone {config.backbone}) has none of them"
+    if wrong:
+        given = ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in wrong)
+        raise OptionError(f"{given}: options {which}")
+    if config.backbone is not None and "temperature" in other and not config.reference:
+        raise OptionError(
+            f"--temperature {config.temperature} was given; a head chooses its own t by blur, but with --reference"
+        )
+
+
 """The released configurations of TaU. Their LARS and weight decay had no effect (docs/recipes.md), so there are none here."""
 
 PRESETS: dict[str, Preset] = {
     "smoke": {
         "dataset": "fashion-mnist", "width": 16, "hidden": 128, "dim": 32, "train_images": 3500, "epochs": 5,
         "lr": 2e-3, "probe_images": 2000, "ood_images": 300, "throughput_steps": 3, "check": True,
+HEAD: dict[str, Any] = {"epochs": 6, "batch_size": 512}
+"""About 500 steps on 50,000 images; 70 epochs are as many on 4,000."""
+
     },
     "default": {},
     "paper": PAPER,
@@ -151,9 +179,15 @@ PRESETS: dict[str, Preset] = {
     "ensemble": {"method": "simclr", "members": 5},
     "supervised": {"method": "supervised"},
     "reference": {"reference": True},
-    "gpu": {"network": "resnet18", "norm": "batch", "epochs": 100, "every": 20, "batch_size": 512, "compile": True},
-    **{name: {"backbone": name} for name in ("resnet50", "simclr", "byol", "clip", "resnet20", "resnet56")},
-    **{f"efficientnet-lite{k}": {"backbone": f"tf_efficientnet_lite{k}", "train_images": 4000} for k in range(3)},
+    "gpu": {
+        "network": "resnet18", "norm": "batch", "epochs": 100, "every": 20, "batch_size": 512, "compile": True,
+        "throughput_steps": 50,
+    },
+    **{name: {"backbone": name, **HEAD} for name in ("resnet50", "simclr", "byol", "clip", "resnet20", "resnet56")},
+    **{
+        f"efficientnet-lite{k}": {"backbone": f"tf_efficientnet_lite{k}", **HEAD, "train_images": 4000, "epochs": 70}
+        for k in range(3)
+    },
     "views": {"positives": "views"},
     "labels": {"positives": "labels"},
 }  # fmt: skip

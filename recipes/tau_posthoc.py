@@ -178,6 +178,9 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
             "not_read": {name: why for name, why in notes.items() if name not in others},
         }
     )
+        epochs=config.epochs,
+        lr=config.lr,
+        batch_size=config.batch_size,
     model.save_pretrained(config.output / "adapter")
     if run.launch.is_main:
         small = Images(torch.empty(0, 3, SIDE, SIDE, dtype=torch.uint8), np.empty(0))

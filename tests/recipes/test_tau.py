@@ -326,7 +326,7 @@ def test_a_frozen_networks_images_may_lie_in_a_folder(folder: Path) -> None:
     config = TauConfig(dataset=str(folder / "photos"), backbone="resnet20")
     assert len(open_set(config, "train")) == 6
     assert open_set(config, "test").column("label").tolist() == [0, 0, 1, 1]
-    named = TauConfig(dataset="fashion-mnist", data_dir=folder / "data", backbone="resnet20")
+    named = TauConfig(dataset="fashion-mnist", data_dir=folder / "data")
     assert len(open_set(named, "test")) == 397
 
 
@@ -346,9 +346,85 @@ def test_the_networks_own_weights_are_found_in_a_pretrainings(generator: torch.G
 
 @pytest.mark.parametrize("preset", tau.PRESETS)
 def test_every_preset_is_a_config(preset: str) -> None:
-    config = parse("tau", TauConfig, tau.PRESETS, None, ["--preset", "paper", preset, "--seed", "1337"])
+    options = tau.PRESETS[preset]
+    size = "default" if set(options) & set(tau.OF_A_HEAD) else "paper"
+    network = ["--backbone", "resnet20"] if preset == "labels" else []
+    config = parse("tau", TauConfig, tau.PRESETS, None, ["--preset", size, preset, "--seed", "1337", *network])
     assert config.seed == 1337
-    assert {key: getattr(config, key) for key in tau.PRESETS[preset]} == tau.PRESETS[preset]
+    assert {key: getattr(config, key) for key in options} == options
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--members 3 --papers-probe", "--members 3, --papers-probe True: options of a pretraining"),
+        ("--method simclr", r"--method simclr: options of a pretraining: a head .* \(--backbone resnet20\)"),
+        ("--dropout 0.5", "--dropout 0.5"),
+        ("--check", "--check True"),
+        ("--width 16", "--width 16"),
+        ("--tracker wandb", "--tracker"),
+        ("--temperature 0.05", r"--temperature 0\.05 was given; a head chooses its own t by blur"),
+    ],
+)  # fmt: skip
+def test_a_head_refuses_what_it_would_not_read(words: str, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        parse("tau", TauConfig, tau.PRESETS, None, ["--preset", "resnet20", *words.split()])
+
+
+@pytest.mark.parametrize("words", ["--positives labels", "--views 3", "--test-images 5", "--cache-dir x"])
+def test_a_pretraining_refuses_what_it_would_not_read(words: str) -> None:
+    with pytest.raises(OptionError, match=f"{words}: options of a head on a frozen network"):
+        parse("tau", TauConfig, tau.PRESETS, None, words.split())
+
+
+def test_options_that_both_read_are_no_refusals() -> None:
+    words = "--reference --temperature 0.05 --epochs 3 --lr 0.1 --batch-size 64 --train-images 9 --seed 4"
+    assert parse("tau", TauConfig, tau.PRESETS, None, ["--preset", "clip", *words.split()]).temperature == 0.05
+    names = {one.name for one in fields(TauConfig)}
+    assert names >= {*tau.OF_A_HEAD, *tau.OF_BOTH}
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "processes"),
+    [
+        ("methods --mixed-precision bf16", 13, 1),
+        ("methods --preset gpu --only TaU", 1, 1),
+        ("methods --paper", 13, 1),
+        ("frozen", 20, 1),
+        ("gather", 4, 2),
+    ],
+)
+def test_the_benchmarks_runs_are_configs(
+    words: str, count: int, processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every variant's options are those of a run, and no two variants' are the same."""
+    place = Path(tau.__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(place))
+    benchmark = runpy.run_path(str(place / "tau.py"))
+    seen: list[TauConfig] = []
+    measured = {"worth": {"linear": 0.5}, "random_features": {"linear": 0.4}, "throughput": {}, "ood": {}}
+
+    def carried_out(recipe: str, options: list[str], folder: Path, processes: int) -> dict[str, Any]:
+        seen.append(parse(recipe, TauConfig, tau.PRESETS, None, options))
+        ran.append(processes)
+        return {**measured, "made": {"seconds": 60.0}}
+
+    ran: list[int] = []
+    benchmark["main"].__globals__["carried_out"] = carried_out
+    monkeypatch.setattr("sys.argv", ["tau.py", *words.split(), "--data", "data", "--output", "o", "--seeds", "3"])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    benchmark["main"]()
+    assert len({repr(config) for config in seen}) == len(seen) == count
+    assert set(ran) == {processes}
+    assert {config.seed for config in seen} == {3}
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == ("bf16" if "bf16" in words else "no")
+    if "gpu" in words:
+        assert (seen[0].network, seen[0].compile) == ("resnet18", True)
+    if "paper" in words:
+        assert {config.lr for config in seen if config.method == "simclr" and config.dropout == 0} == {1e-3}
+        assert {config.lr for config in seen if config.method == "tau"} == {1e-4}
+    if words == "gather":
+        assert sorted(config.gather for config in seen) == [False, False, True, True]
 
 
 def test_what_cannot_work_is_said_before_it_is_tried(
