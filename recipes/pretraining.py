@@ -70,7 +70,7 @@ class PretrainingConfig(RecipeConfig):
     blur: float = 0.5
     """probability of a Gaussian blur, of .1 to 2 pixels"""
     train_images: int | None = None
-    """only the first so many training images"""
+    """only so many training images: the first ones, and for a frozen network evenly spread ones"""
     gather: bool = True
     """whether the loss contrasts the images of all processes; else each process's own, which changes the result"""
     compile: bool = False

@@ -16,7 +16,7 @@ from ..adapters.data import open_source
 from ..adapters.errors import BackboneError
 from ..adapters.features import Features
 from ..adapters.heads.temperature import TemperatureHead
-from ..adapters.model import wrap
+from ..adapters.model import UncertainModel, wrap
 from ..adapters.scoring import score
 from ..adapters.source_base import Source
 from ..adapters.weights import load_strictly, read_checkpoint
@@ -141,11 +141,8 @@ def open_set(config: TauConfig, split: str) -> Source:
 
 def run_posthoc(config: TauConfig, run: Run) -> None:
     """Fit the head on features of training images, score test images and all other sets, and report."""
-    source = open_set(config, "train")
-    rows = np.arange(len(source))[: config.train_images]
-    train = Chosen(source, rows)
-    whole = open_set(config, "test")
-    test = Chosen(whole, spread_over(np.arange(len(whole)), config.test_images or len(whole)))
+    train = some_of(open_set(config, "train"), config.train_images)
+    test = some_of(open_set(config, "test"), config.test_images)
     backbone = frozen_backbone(config).to(run.device)
     run.stands_on(train.fingerprint(), test.fingerprint(), backbone.fingerprint())
     others, notes = other_sources(config.dataset, config.data_dir, config.ood_images)
@@ -158,6 +155,12 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
         views=config.views,
         seed=config.seed,
         cache_dir=config.cache_dir,
+def some_of(source: Source, most: int | None) -> Chosen:
+    """At most so many of a source's images, evenly spread over it: folders are sorted by class. None: all."""
+    rows = np.arange(len(source))
+    return Chosen(source, spread_over(rows, most or len(rows)))
+
+
         output_dir=config.output / "head",
     )
     features = {
@@ -166,35 +169,47 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
     }
     training = features.pop("train")
     scores = {name: uncertainties(head, one, training, run.device) for name, one in features.items()}
-    inside = scores.pop(config.dataset)
-    described = backbone.describe()
-    results: dict[str, Any] = run.launch.on_main(
-        lambda: {
-            "method": f"head on {config.backbone}",
-            "positives": config.positives,
-            "backbone": {key: described[key] for key in ("name", "weights", "embedding_dim", "preprocessing", "cost")},
-            "fit": model.report["temperature"],
-            "ood": ood_tables(inside, scores, config.seed, notes),
-            "not_read": {name: why for name, why in notes.items() if name not in others},
-        }
-    )
-        epochs=config.epochs,
-        lr=config.lr,
-        batch_size=config.batch_size,
+    results = run.launch.on_main(lambda: found(config, model, scores, notes))
     model.save_pretrained(config.output / "adapter")
     if run.launch.is_main:
-        small = Images(torch.empty(0, 3, SIDE, SIDE, dtype=torch.uint8), np.empty(0))
-
-        def picture(row: int) -> np.ndarray:
-            return shaped_like(Chosen(test, np.array([row])), small).pixels[0].permute(1, 2, 0).numpy()
-
-        own = {name: inside[name] for name in ("tau", "-r^2, as released")}
-        label = features[config.dataset].label
-        save_scores(config.output / "scores", {config.dataset: inside, **scores})
-        certainty_grid(config.output / "certainty.png", picture, np.arange(len(test)) if label is None else label, own)
-        draw_ood(config.output, results["ood"])
-        print("\n".join(ood_lines(results["ood"])))
+        shown(config, test, features[config.dataset].label, scores, results)
     run.finish(results)
+
+
+def found(
+    config: TauConfig, model: UncertainModel, scores: Mapping[str, Mapping[str, np.ndarray]], notes: Mapping[str, str]
+) -> dict[str, Any]:
+    """What is told of a fitted head, JSON-able, by the scores of each set's images."""
+    described = model.backbone.describe()
+    outside = {name: one for name, one in scores.items() if name != config.dataset}
+    return {
+        "method": f"head on {config.backbone}",
+        "positives": config.positives,
+        "backbone": {key: described[key] for key in ("name", "weights", "embedding_dim", "preprocessing", "cost")},
+        "fit": model.report["temperature"],
+        "ood": ood_tables(scores[config.dataset], outside, config.seed, notes),
+        "not_read": {name: why for name, why in notes.items() if name not in outside},
+    }
+
+
+def shown(
+    config: TauConfig,
+    test: Source,
+    label: np.ndarray | None,
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    results: Mapping[str, Any],
+) -> None:
+    """Scores and pictures into the run's folder, and the table onto the screen. label: of the test images, if known."""
+    small = Images(torch.empty(0, 3, SIDE, SIDE, dtype=torch.uint8), np.empty(0))
+
+    def picture(row: int) -> np.ndarray:
+        return shaped_like(Chosen(test, np.array([row])), small).pixels[0].permute(1, 2, 0).numpy()
+
+    own = {name: scores[config.dataset][name] for name in ("tau", "-r^2, as released")}
+    save_scores(config.output / "scores", scores)
+    certainty_grid(config.output / "certainty.png", picture, np.arange(len(test)) if label is None else label, own)
+    draw_ood(config.output, results["ood"])
+    print("\n".join(ood_lines(results["ood"])))
 
 
 @torch.no_grad()
