@@ -35,7 +35,7 @@ METHODS: dict[str, list[str]] = {
     "MC dropout, supervised": ["--preset", "mc-dropout-supervised"],
 }
 FROZEN: dict[str, list[str]] = {
-    f"{name}, {positives}{', as released' if released else ''}": [
+    f"{name}, {positives}{', loss as released' if released else ''}": [
         "--preset", preset, positives, *(["--reference"] if released else []),
     ]
     for name, preset in {

@@ -76,7 +76,8 @@ class TauConfig(PretrainingConfig):
     include_positive: bool = False
     """whether tau's denominator has the positive pair too; without it the loss has no lower bound"""
     reference: bool = False
-    """as released: view-1's temperature in both numerators, 1e-6 in plain SimCLR's denominator; adds its kNN score"""
+    """the loss as released: view-1's temperature in both numerators, 1e-6 in plain SimCLR's denominator; adds its kNN score.
+    On a frozen network: one linear layer, t as given, and images of one class stay negatives"""
     queue: int = 4096
     """keys that moco keeps"""
     momentum: float = 0.99

@@ -146,8 +146,8 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
     backbone = frozen_backbone(config).to(run.device)
     run.stands_on(train.fingerprint(), test.fingerprint(), backbone.fingerprint())
     others, notes = other_sources(config.dataset, config.data_dir, config.ood_images)
-    # as released: one linear layer and t as given; else the library's head, which chooses t by blur
-    head = TemperatureHead(config.temperature, depth=0) if config.reference else TemperatureHead()
+    # as released: one linear layer, its loss, and t as given; else the library's head, which chooses t by blur
+    head = TemperatureHead(config.temperature, depth=0, reference=True) if config.reference else TemperatureHead()
     model = wrap(backbone, head)
     model.fit(
         train,

@@ -36,6 +36,8 @@ class TemperatureHead(Head):
     Args:
         base_temperature: t, or None to choose it by blur.
         width, depth: of the network's hidden layers; depth 0 is the paper's linear layer.
+        reference: the loss of the paper's code: view 1's temperature in both numerators, and every other image a negative,
+            also one of the same class. The training (AdamW, stored views) stays ours.
 
     Outputs: "uncertainty" = "temperature" = tau in (t, t * (1 + e^15)).
     Source: Zhang et al., arXiv 2110.04403, with the loss made symmetric.
@@ -46,11 +48,14 @@ class TemperatureHead(Head):
     fields = ("temperature",)
     uses_pairs = True
 
-    def __init__(self, base_temperature: float | None = None, width: int = 64, depth: int = 1) -> None:
+    def __init__(
+        self, base_temperature: float | None = None, width: int = 64, depth: int = 1, reference: bool = False
+    ) -> None:
         super().__init__(
             base_temperature=base_temperature,
             width=width,
             depth=depth,
+            reference=reference,
         )
         check_positive(self.name, base_temperature=base_temperature)
         check_whole(self.name, width=width)
@@ -119,7 +124,7 @@ class TemperatureHead(Head):
         self.base.fill_(t)
         self.network.standardise(mean, std)
         self.to(data.device)
-        loss = TaU(t)
+        loss = TaU(t, reference=self._config["reference"])
         step, evaluation = _Step(self, loss, fitting), _Step(self, loss, held_out)
         return train(
             step,
@@ -152,7 +157,7 @@ class TemperatureHead(Head):
 
 
 class _Step(nn.Module):
-    """TaU's loss of one batch of pairs; images that are positives of each other are no negatives."""
+    """TaU's loss of one batch of pairs; images of one class are no negatives of each other, but in the reference's loss."""
 
     def __init__(self, head: TemperatureHead, loss: TaU, source: PairSource) -> None:
         super().__init__()
@@ -160,6 +165,9 @@ class _Step(nn.Module):
 
     def forward(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         batch = self.source.draw(rows, generator)
-        same = torch.rand(batch.negative.shape, generator=generator).to(batch.negative.device) >= batch.negative
         z1, z2 = functional.normalize(batch.anchor, dim=-1), functional.normalize(batch.positive, dim=-1)
-        return self.loss(z1, z2, self.head.raw(batch.anchor), self.head.raw(batch.positive), exclude=same.repeat(2, 2))
+        exclude = None
+        if not self.loss.reference:
+            same = torch.rand(batch.negative.shape, generator=generator).to(batch.negative.device) >= batch.negative
+            exclude = same.repeat(2, 2)
+        return self.loss(z1, z2, self.head.raw(batch.anchor), self.head.raw(batch.positive), exclude=exclude)

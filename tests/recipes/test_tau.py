@@ -20,8 +20,10 @@ from posthoc.adapters.training_loop import step_generator
 from posthoc.eval.ood import Ood
 from posthoc.recipes import tau
 from posthoc.recipes.augmentations import Augmentation
+from posthoc.adapters.heads import temperature as temperature_head
 from posthoc.recipes.digits import load_digits
 from posthoc.recipes.networks import StridedConvNet
+from posthoc.adapters.model import UncertainModel
 from posthoc.recipes.options import parse
 from posthoc.recipes.pretraining import own_view_found
 from posthoc.recipes.pretraining_evaluation import Encoded, encode
@@ -64,11 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("FashionMNIST", "t10k", pixels[order[1400:]], digits.label[order[1400:]]),
         ("MNIST", "t10k", noise, np.arange(100) % 10),
     ):
-        raw = place / "data" / name / "raw"
-        raw.mkdir(parents=True, exist_ok=True)
-        for kind, array in (("images-idx3", images), ("labels-idx1", label.astype(np.uint8))):
-            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.tobytes())
+        write_idx(place / "data" / name / "raw", part, images, label)
     return place
 
 
@@ -79,6 +77,13 @@ def some_images(count: int, size: int = 8) -> Images:
 
 def small(**options: Any) -> TauConfig:
     return TauConfig(**{"width": 8, "hidden": 16, "dim": 6, "batch_size": 32, **options})
+
+
+def write_idx(raw: Path, part: str, images: np.ndarray, label: np.ndarray) -> None:
+    raw.mkdir(parents=True, exist_ok=True)
+    for kind, array in (("images-idx3", images), ("labels-idx1", label.astype(np.uint8))):
+        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.tobytes())
 
 
 def test_it_learns_and_says_what_it_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,9 +292,15 @@ def test_networks_are_compiled_where_it_is_asked_for(folder: Path, monkeypatch: 
     assert [type(one).__name__ for one in compiled] == ["Encoder"]
 
 
-def test_a_head_on_a_frozen_network(folder: Path) -> None:
-    words = "--backbone resnet20 --random-weights --train-images 200 --test-images 60 --ood-images 40 --dataset fashion-mnist"
-    more = [*words.split(), "--data-dir", "data", "--cache-dir", "store", "--views", "2"]
+def test_a_head_on_a_frozen_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder / "data", folder / "sorted")
+    train = open_set(TauConfig(dataset="fashion-mnist", data_dir=folder / "data"), "train")
+    order = np.argsort(train.column("label"), kind="stable")  # as folders are
+    images = np.stack([np.asarray(train.item(int(row)).image) for row in order])
+    write_idx(folder / "sorted" / "FashionMNIST" / "raw", "train", images, train.column("label")[order])
+    words = "--backbone resnet20 --random-weights --train-images 130 --test-images 60 --ood-images 40 --dataset fashion-mnist"
+    more = [*words.split(), "--data-dir", "sorted", "--cache-dir", "store", "--views", "2"]
+    more += ["--epochs", "3", "--batch-size", "64", "--lr", "0.01"]
     found = results("tau", [*more, "--reference", "--output", "views"], folder)
     assert found["positives"] == "views"
     assert found["backbone"]["embedding_dim"] == 64
@@ -396,7 +407,24 @@ def test_options_that_both_read_are_no_refusals() -> None:
 )
 def test_the_benchmarks_runs_are_configs(
     words: str, count: int, processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    (fitted,) = metrics(folder / "views").values()
+    assert len(fitted.splitlines()) == 3  # one for each epoch
+    # the first 130 are of one class, of which no pairs by labels are made
+    trained: list[tuple[Any, torch.Tensor]] = []
+
+    def train(step: Any, rows: np.ndarray, *others: Any, **options: Any) -> Any:
+        trained.append((step, torch.from_numpy(rows)))
+        return real(step, rows, *others, **options)
+
+    real = temperature_head.train
+    monkeypatch.setattr(temperature_head, "train", train)
 ) -> None:
+    ((step, rows),) = trained
+    batch = step.source.draw(rows, torch.Generator().manual_seed(3))
+    assert batch.negative.sum() < len(rows) * (len(rows) - 1)  # which are negatives all the same
+    cosines = [nn.functional.normalize(one, dim=1) for one in (batch.anchor, batch.positive)]
+    theirs = TaU(0.1, reference=True)(*cosines, *(step.head.raw(one) for one in (batch.anchor, batch.positive)))
+    torch.testing.assert_close(step(rows, torch.Generator().manual_seed(3)), theirs)
     """Every variant's options are those of a run, and no two variants' are the same."""
     place = Path(tau.__file__).parents[1] / "benchmarks"
     monkeypatch.syspath_prepend(str(place))
