@@ -99,7 +99,7 @@ class Method(nn.Module):
         """Projections of this process's images, or of all processes', [N, views, D]."""
         with dropping(self.network, noise):
             projected = self.network(torch.cat(tuple(views)))[1]
-        rows = torch.stack(projected.chunk(len(views)), 1)
+        rows = full(torch.stack(projected.chunk(len(views)), 1))  # autocast's 8 bits are too few for others' rows too
         return gather_rows(rows) if self.config.gather else rows
 
 
