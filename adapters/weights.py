@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .errors import BackboneError
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict")  # the keys under which training scripts put the weights
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "online_backbone")
+"""The keys under which training scripts put the weights; the last is BYOL's."""
 
 
 def dependent_tensors(module: nn.Module, without: Iterable[str] = ()) -> dict[str, Tensor]:

@@ -116,20 +116,36 @@ def frozen_backbone(config: Frozen) -> Backbone:
 def encoder_weights(state: Mapping[str, Tensor], module: nn.Module, path: Path) -> dict[str, Tensor]:
     """Those of a pretraining's weights that are the network's own: under one prefix, beside projections and the like.
 
-    Of a trained network and one that trails it (target, momentum, key) the trained one is taken. Raises BackboneError where no
-    prefix has all names, or several do.
+    Names are the network's, or those of an nn.Sequential of a ResNet's parts (`PLACES`), as BYOL's are. Of a trained network
+    and one that trails it (target, momentum, key) the trained one is taken. Raises BackboneError where no prefix has all names,
+    or several do.
     """
     names = [name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
-    prefixes = {key.removesuffix(names[0]) for key in state if key.endswith(names[0])}
-    whole = sorted(prefix for prefix in prefixes if all(prefix + name in state for name in names))
-    trained = [prefix for prefix in whole if not any(word in prefix for word in ("target", "momentum", "_k.", "ema"))]
-    if len(trained) != 1:
-        found = ", ".join(repr(prefix) for prefix in trained or whole) or "none"
-        raise BackboneError(
-            f"--checkpoint {path}: expected all {len(names)} weights of {type(module).__name__} under one prefix; prefixes that "
-            f"have them: {found}. Save the network's own state_dict"
-        )
-    return {name: state[trained[0] + name] for name in names}
+    wholes: list[str] = []
+    for theirs in (names, [in_sequence(name) for name in names]):
+        prefixes = {key.removesuffix(theirs[0]) for key in state if key.endswith(theirs[0])}
+        wholes = sorted(prefix for prefix in prefixes if all(prefix + name in state for name in theirs))
+        trained = [one for one in wholes if not any(word in one for word in ("target", "momentum", "_k.", "ema"))]
+        if len(trained) == 1:
+            return {name: state[trained[0] + other] for name, other in zip(names, theirs, strict=True)}
+        if wholes:
+            break
+    found = ", ".join(repr(prefix) for prefix in trained or wholes) or "none"
+    raise BackboneError(
+        f"--checkpoint {path}: expected all {len(names)} weights of {type(module).__name__} under one prefix; prefixes that "
+        f"have them: {found}. It holds {', '.join(sorted(state)[:3])}, ...: convert the names to {names[0]}, ..., and save the "
+        "network's own state_dict"
+    )
+
+
+PLACES = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+"""Where a ResNet's parts stand in an nn.Sequential of its children; 2 and 3 have no weights."""
+
+
+def in_sequence(name: str) -> str:
+    """The name of a ResNet's weight where its children stand in an nn.Sequential."""
+    part, dot, rest = name.partition(".")
+    return PLACES.get(part, part) + dot + rest
 
 
 def open_set(config: TauConfig, split: str) -> Source:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.distributions import Normal
 
+import timm
 from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import BackboneError, OptionError
 from posthoc.adapters.losses import HedgedGaussian, NTXent, TaU, TaUMoCo
@@ -24,6 +25,7 @@ from posthoc.adapters.heads import temperature as temperature_head
 from posthoc.recipes.digits import load_digits
 from posthoc.recipes.networks import StridedConvNet
 from posthoc.adapters.model import UncertainModel
+from posthoc.adapters.weights import read_checkpoint
 from posthoc.recipes.options import parse
 from posthoc.recipes.pretraining import own_view_found
 from posthoc.recipes.pretraining_evaluation import Encoded, encode
@@ -478,5 +480,27 @@ def test_what_cannot_work_is_said_before_it_is_tried(
         return capsys.readouterr().err
 
     assert "fewer than a batch of 64" in refused("--train-images", "70", "--output", "a")
+def test_byols_weights_are_read_as_they_are_distributed(tmp_path: Path, generator: torch.Generator) -> None:
+    """Its file holds the backbone beside other things, as an nn.Sequential of the network's children without the last."""
+    network = timm.create_model("resnet10t", num_classes=0)  # small; a ResNet-50 has the same parts
+    network.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+    children = nn.Sequential(network.conv1, network.bn1, network.act1, network.maxpool)
+    children.extend([network.layer1, network.layer2, network.layer3, network.layer4, network.global_pool])
+    with torch.no_grad():
+        for value in network.state_dict().values():
+            value.copy_(torch.rand(value.shape, generator=generator))
+    file = tmp_path / "resnet50_byol_imagenet2012.pth.tar"
+    torch.save({"online_backbone": children.state_dict(), "target_backbone": {}, "epoch": 3}, file)
+    own = network.state_dict()
+    state = read_checkpoint(file)
+    assert "0.weight" in state
+    for prefix in ("", "online_network.encoder."):
+        found = encoder_weights({prefix + name: value for name, value in state.items()}, network, file)
+        assert found.keys() == {name for name in own if "tracked" not in name}
+        assert all(torch.equal(found[name], own[name]) for name in found)
+    with pytest.raises(BackboneError, match=r"It holds stem\.weight, \.\.\.: convert the names to conv1\.weight"):
+        encoder_weights({"stem.weight": state["0.weight"]}, network, file)
+
+
     worse = refused("--train-images", "100", "--epochs", "1", "--lr", "1e-9", "--check", "--output", "c")
     assert "beside that of random features; expected +0.010 or more" in worse
