@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import timm
@@ -46,20 +46,20 @@ SIDE = 64
 
 
 class Known(NamedTuple):
-    """A network by a short name: timm's name, whether timm has its weights, and whether its embedding is told by no classes."""
+    """A network by a short name: timm's name, whether timm has its weights, and what its embedding is: the feature before its
+    classifier, the pooled feature of a network without one, or the projection that is its last layer."""
 
     timm: str
     fetched: bool
-    pooled: bool
+    embedding: Literal["before-classes", "pooled", "projection"]
 
 
 KNOWN = {
-    "resnet50": Known("resnet50.tv_in1k", True, False),
-    "simclr": Known(
-        "resnet50.tv_in1k", False, True
-    ),  # of it the architecture and the preprocessing, which was theirs too
-    "byol": Known("resnet50.tv_in1k", False, True),
-    "clip": Known("vit_base_patch32_clip_224.openai", True, True),
+    "resnet50": Known("resnet50.tv_in1k", True, "before-classes"),
+    # of the next two the architecture and the preprocessing, which was theirs too
+    "simclr": Known("resnet50.tv_in1k", False, "pooled"),
+    "byol": Known("resnet50.tv_in1k", False, "pooled"),
+    "clip": Known("vit_base_patch32_clip_224.openai", True, "projection"),
 }
 
 
@@ -79,14 +79,14 @@ class Frozen(Protocol):
 
 
 def frozen_backbone(config: Frozen) -> Backbone:
-    """The frozen network by the options, with its OWN preprocessing and pooled embedding.
+    """The frozen network by the options, with its OWN preprocessing and embedding: the pooled feature, of CLIP its projection.
 
     Raises BackboneError for a name that there is not, and weights that are not there or do not fit.
     """
     name = str(config.backbone)
     if name in DEPTHS:
         return cifar_backbone(name, config.checkpoint, config.data_dir, config.random_weights, config.seed)
-    known = KNOWN.get(name, Known(name, True, False))
+    known = KNOWN.get(name, Known(name, True, "before-classes"))
     file = f"{known.timm if known.fetched else name}.safetensors"
     stored = Path(config.data_dir or default_data_dir()).expanduser() / file
     checkpoint = config.checkpoint
@@ -99,10 +99,11 @@ def frozen_backbone(config: Frozen) -> Backbone:
         )
     fetch = checkpoint is None and not config.random_weights
     with seeded(config.seed):
-        if not known.pooled:
+        if known.embedding == "before-classes":
             return build_backbone(known.timm, pretrained=fetch, checkpoint=checkpoint)
         try:
-            module = timm.create_model(known.timm, pretrained=fetch, num_classes=0)
+            options: dict[str, Any] = {"num_classes": 0} if known.embedding == "pooled" else {}
+            module = timm.create_model(known.timm, pretrained=fetch, **options)
         except Exception as error:  # timm and huggingface_hub raise many kinds
             raise BackboneError(
                 f"{name} ({known.timm}) could not be fetched ({type(error).__name__}: {error}); give its weights "
@@ -110,6 +111,8 @@ def frozen_backbone(config: Frozen) -> Backbone:
             ) from error
     if checkpoint is not None:
         load_strictly(module, encoder_weights(read_checkpoint(checkpoint), module, checkpoint), checkpoint, known.timm)
+    if known.embedding == "projection":
+        return build_backbone(module, feature_layer="head", classifier_layer=False)
     return build_backbone(module)
 
 
@@ -155,6 +158,12 @@ def open_set(config: TauConfig, split: str) -> Source:
     return open_source(config.dataset, split)
 
 
+def some_of(source: Source, most: int | None) -> Chosen:
+    """At most so many of a source's images, evenly spread over it: folders are sorted by class. None: all."""
+    rows = np.arange(len(source))
+    return Chosen(source, spread_over(rows, most or len(rows)))
+
+
 def run_posthoc(config: TauConfig, run: Run) -> None:
     """Fit the head on features of training images, score test images and all other sets, and report."""
     train = some_of(open_set(config, "train"), config.train_images)
@@ -169,14 +178,11 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
         train,
         positives=config.positives,
         views=config.views,
+        epochs=config.epochs,
+        lr=config.lr,
+        batch_size=config.batch_size,
         seed=config.seed,
         cache_dir=config.cache_dir,
-def some_of(source: Source, most: int | None) -> Chosen:
-    """At most so many of a source's images, evenly spread over it: folders are sorted by class. None: all."""
-    rows = np.arange(len(source))
-    return Chosen(source, spread_over(rows, most or len(rows)))
-
-
         output_dir=config.output / "head",
     )
     features = {

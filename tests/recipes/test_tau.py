@@ -316,15 +316,53 @@ def test_a_head_on_a_frozen_network(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert by_labels["ood"]["mnist"]["scores"]["kNN"] == scores["kNN"]  # the same features
 
 
-def test_every_frozen_network_has_its_own_preprocessing() -> None:
-    clip = frozen_backbone(TauConfig(backbone="clip", random_weights=True))
-    assert clip.embedding_dim == 768
-    assert clip.num_classes == 0
-    assert clip.preprocessing["mean"][0] == pytest.approx(0.48145466)
-    simclr = frozen_backbone(TauConfig(backbone="simclr", random_weights=True))
-    assert simclr.embedding_dim == 2048
-    assert simclr.num_classes == 0
-    assert simclr.preprocessing["mean"][0] == pytest.approx(0.485)
+def test_a_heads_training_is_the_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    def fit(self: UncertainModel, data: Any, **options: Any) -> None:
+        raise Stop([len(data), options["epochs"], options["lr"], options["batch_size"], options["views"]])
+
+    monkeypatch.setattr(UncertainModel, "fit", fit)
+    words = (
+        "--backbone resnet20 --random-weights --train-images 90 --ood-images 5 --dataset fashion-mnist --data-dir data"
+    )
+    options = "--epochs 7 --lr 0.25 --batch-size 48 --views 3 --output stopped"
+    with pytest.raises(Stop, match=r"\[90, 7, 0\.25, 48, 3\]"):
+        results("tau", [*words.split(), *options.split()], folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "mean", "crop"),
+    [
+        ("resnet50", 2048, 0.485, 0.875),
+        ("simclr", 2048, 0.485, 0.875),
+        ("byol", 2048, 0.485, 0.875),
+        ("clip", 512, 0.48145466, 0.9),
+    ],
+)
+def test_every_frozen_network_has_its_own_preprocessing_and_embedding(
+    name: str, size: int, mean: float, crop: float, tmp_path: Path
+) -> None:
+    backbone = frozen_backbone(TauConfig(backbone=name, random_weights=True))
+    assert backbone.embedding_dim == size
+    assert backbone.preprocessing["mean"][0] == pytest.approx(mean)
+    assert backbone.preprocessing["input_size"][-2:] in ([224, 224], (224, 224))
+    assert backbone.preprocessing["crop_pct"] == crop
+    images = np.random.default_rng(0).integers(0, 256, (2, 30, 40, 3), dtype=np.uint8)
+    features = backbone.extract((images, np.array([0, 1])), cache_dir=tmp_path, progress=False)
+    assert features.embedding.shape == (2, size)
+    assert (features.logits is not None) == (name == "resnet50")
+    assert np.abs(features.embedding[0] - features.embedding[1]).max() > 0
+    if name == "clip":  # what its encode_image answers with
+        network: Any = backbone.module
+        with torch.no_grad():
+            theirs = network(backbone.prepare(images))
+        np.testing.assert_allclose(features.embedding, theirs.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_weights_that_no_package_fetches_are_asked_for() -> None:
     with pytest.raises(BackboneError, match="byol: no package fetches its weights"):
         frozen_backbone(TauConfig(backbone="byol", data_dir=Path("nowhere")))
 
