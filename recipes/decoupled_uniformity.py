@@ -293,7 +293,7 @@ def make_network(config: UniformityConfig, sets: Sets) -> PretrainingNetwork:
     """The network by the options, for images such as these, with random weights."""
     channels, pixels = next(sets.held_out.first(1).chunks(torch.device("cpu"))).shape[1:3]
     with seeded(config.seed, NETWORK):
-        encoder = image_encoder(config.network, channels, pixels, config.norm, config.width)
+        encoder = image_encoder(config.network, channels, pixels, config.norm, config.width, config.stem)
         norm = config.norm if config.normalised else None
         return PretrainingNetwork(encoder, projector(encoder.size, config.hidden, config.dim, norm))
 

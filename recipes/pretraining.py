@@ -24,7 +24,7 @@ from ..adapters.errors import DataError, OptionError
 from ..adapters.training_loop import History, Plan, Record, run_plan
 from .augmentations import Augmentation
 from .options import RecipeConfig, check_counts, check_positive
-from .pretraining_networks import SMALL, Norm
+from .pretraining_networks import SMALL, Norm, Stem
 from .running import Run, scheduled
 from .view_batches import Images, load_images
 
@@ -44,7 +44,10 @@ class PretrainingConfig(RecipeConfig):
     data_dir: Path | None = None
     """folder of the data; default: $POSTHOC_DATA"""
     network: str = SMALL
-    """small (for two cores), resnet20, resnet56, or any timm network, such as resnet18: its stem becomes CIFAR's"""
+    """small (for two cores), resnet20, resnet56, or a timm network, such as resnet18"""
+    stem: Stem = "cifar"
+    """of a timm network on images of up to 64 px: cifar (3x3, stride 1, no max-pool; of a ViT or ConvNeXt small patches), which
+    ResNets, EfficientNets, MobileNets and VGG can have; or own"""
     width: int = 32
     """of small's first layer; its feature has eight times as many dimensions"""
     norm: Norm = "group"

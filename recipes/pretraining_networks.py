@@ -15,6 +15,7 @@ from .networks import StridedConvNet
 from .small_image_networks import DEPTHS, RESNET_STATISTICS, group_normalised, small_image_network
 
 Norm = Literal["group", "batch"]
+Stem = Literal["cifar", "own"]
 M = TypeVar("M", bound=nn.Module)
 SMALL = "small"
 """The name of `StridedConvNet`, for two cores."""
@@ -57,18 +58,20 @@ class PretrainingNetwork(nn.Module):
         return feature, self.projection(feature)
 
 
-def image_encoder(name: str, channels: int, pixels: int, norm: Norm = "group", width: int = 32) -> Encoder:
+def image_encoder(
+    name: str, channels: int, pixels: int, norm: Norm = "group", width: int = 32, stem: Stem = "cifar"
+) -> Encoder:
     """An encoder with random weights for square images.
 
-    name: "small" (`StridedConvNet` of that `width`, which has GroupNorm), "resnet20", "resnet56", or a timm network, whose
-    stem becomes CIFAR's (3x3, stride 1, no max-pool) for images of up to `CIFARS` pixels. Raises BackboneError for a name that
-    there is not, or a network that takes no such images.
+    name: "small" (`StridedConvNet` of that `width`, which has GroupNorm), "resnet20", "resnet56", or a timm network. stem: of
+    a timm network, "cifar" for images of up to `CIFARS` pixels (`small_image_network`, without max-pool), else its own. Raises
+    BackboneError for a name that there is not, or a network that takes no such images, or has no stem that becomes CIFAR's.
     """
     if name == SMALL:
         return Encoder(StridedConvNet(channels, width), channels, pixels)
     if name not in DEPTHS and not timm.is_model(name):
         raise BackboneError(f"--network {name!r} is unknown; {suggest(name, [SMALL, *DEPTHS, *timm.list_models()])}")
-    if pixels > CIFARS:
+    if name not in DEPTHS and (pixels > CIFARS or stem == "own"):
         network = whole_network(name, channels, pixels)
     else:
         network = small_image_network(name, 0, channels, pixels, max_pool=False)

@@ -284,7 +284,7 @@ def make_network(config: TauConfig, train: Images, number: int = 0) -> Pretraini
     channels, pixels = train.pixels.shape[1], train.pixels.shape[2]
     dim = config.dim + (config.method in UNCERTAIN)
     with seeded(config.seed, NETWORK, number):
-        encoder = image_encoder(config.network, channels, pixels, config.norm, config.width)
+        encoder = image_encoder(config.network, channels, pixels, config.norm, config.width, config.stem)
         if config.dropout:
             with_dropout(encoder.network, config.dropout)
         if config.method == "supervised":

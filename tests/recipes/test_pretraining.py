@@ -41,15 +41,11 @@ def some_images(count: int, channels: int = 3, size: int = 8) -> Images:
 
 @pytest.mark.parametrize(
     ("name", "channels", "pixels", "size"),
-    [("small", 1, 28, 64), ("resnet20", 1, 28, 64), ("resnet10t", 3, 32, 512), ("vit_tiny_patch16_224", 1, 28, 192)],
+    [("small", 1, 28, 64), ("resnet20", 1, 28, 64), ("resnet18", 3, 32, 512), ("vit_tiny_patch16_224", 1, 28, 192)],
 )
 def test_networks_take_small_images_of_any_colours(
     name: str, channels: int, pixels: int, size: int, generator: torch.Generator
 ) -> None:
-    if name == "resnet10t":  # three convolutions are its stem: one is put in the place of a single one only
-        with pytest.raises(BackboneError, match="takes no images of 32 px"):
-            image_encoder(name, channels, pixels)
-        name = "resnet18"
     encoder = image_encoder(name, channels, pixels, width=8)
     assert encoder.size == size
     images = torch.rand(3, channels, pixels, pixels, generator=generator)
@@ -59,11 +55,28 @@ def test_networks_take_small_images_of_any_colours(
     assert projected.shape == (3, 5)
     alone, _ = network(images[1:2])  # GroupNorm: no statistics of the batch
     torch.testing.assert_close(alone, feature[1:2], atol=1e-5, rtol=1e-4)
-    if name == "resnet18":
-        inner: Any = encoder.network
-        assert inner.conv1.stride == (1, 1)
-        assert isinstance(inner.maxpool, nn.Identity)
-        assert not [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert not [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("resnet18", "conv1"), ("resnet10t", None), ("seresnet18", "conv1"),
+                        ("mobilenetv3_small_050", "conv_stem"), ("regnetx_002", None)],
+)  # fmt: skip
+def test_a_stem_becomes_cifars_or_the_network_is_refused(name: str, layer: str | None) -> None:
+    if layer is None:
+        with pytest.raises(BackboneError, match=rf"{name!r} has no stem that becomes CIFAR's .* --stem own"):
+            image_encoder(name, 3, 32)
+        assert image_encoder(name, 3, 32, stem="own").size > 0
+        return
+    network: Any = image_encoder(name, 3, 32).network
+    first = getattr(network, layer)
+    assert (first.kernel_size, first.stride) == ((3, 3), (1, 1))
+    assert isinstance(getattr(network, "maxpool", nn.Identity()), nn.Identity)
+    maps = network.forward_features(torch.zeros(1, 3, 32, 32))
+    own: Any = image_encoder(name, 3, 32, stem="own").network
+    assert getattr(own, layer).stride == (2, 2)
+    factor = 4 if layer == "conv1" else 2
+    assert maps.shape[-1] == factor * own.forward_features(torch.zeros(1, 3, 32, 32)).shape[-1]
 
 
 def test_batchnorm_is_synchronised_on_gpus_only() -> None:
