@@ -56,21 +56,24 @@ def encode(network: nn.Module, images: Labelled, device: torch.device) -> Encode
     return Encoded(feature, projection, images.label)
 
 
-def worth(train: Encoded, test: Encoded, seed: int, paper: bool = False) -> dict[str, float]:
+def worth(train: Encoded, test: Encoded, seed: int, views: Sequence[np.ndarray] | None = None) -> dict[str, float]:
     """Shares of right test labels, 0 to 1: of a linear classifier, and of the nearest training image by cosine.
 
-    paper: also TaU's own protocols, whose learning rate is very low for a probe, and whose neighbours are of raw projections.
+    views: projections [N, D] of two augmented views of the training images. With them also TaU's own protocols: its optimiser,
+    whose learning rate is very low for a probe, on the features as they are (its training views are augmented, ours are not), and
+    its neighbours, of both views' mean, and of the first alone, whose rows are not normalised.
     """
     logits, _ = linear_probe(train.feature, train.label, test.feature, seed=seed)
     found = {"linear": top_k_accuracy(logits, test.label)}
     for name in ("feature", "projection"):
         near = nearest_label(getattr(train, name), train.label, getattr(test, name))
         found[f"nearest_{name}"] = float((near == test.label).mean())
-    if paper:
+    if views is not None:
         logits = sgd_probe(train.feature, train.label, test.feature, TAU, step_generator(seed, PROBE))
-        found["linear_papers_sgd"] = top_k_accuracy(logits, test.label)
-        near = tau_nearest_label([train.projection], train.label, [test.projection])
-        found["nearest_papers_one_view"] = float((near == test.label).mean())
+        found["linear_papers_sgd_unaugmented"] = top_k_accuracy(logits, test.label)
+        for count, name in ((2, "nearest_papers_two_views"), (1, "nearest_papers_one_view")):
+            near = tau_nearest_label(views[:count], train.label, [test.projection] * count)
+            found[name] = float((near == test.label).mean())
     return found
 
 

@@ -55,10 +55,12 @@ from .tau_methods import UNCERTAIN, Batches, Method, make_method, with_dropout
 from .tau_posthoc import run_posthoc
 from .tau_report import draw, table
 from .tau_scores import means, odin, uncertainties
-from .view_batches import CHUNK, Images, ViewBatches, fixed_views
+from .view_batches import CHUNK, Augmented, Images, ViewBatches, fixed_views
 
 Kind = Literal["tau", "simclr", "tau-moco", "moco", "hib", "supervised"]
 NETWORK, MEMBER = 603, 604  # places of the random numbers
+SETTLING = 2048
+"""Images that BatchNorm's statistics of a random network are taken from."""
 GAIN = 0.01
 """How much better than random features the linear evaluation must be for --check, in shares of the test images."""
 
@@ -93,7 +95,8 @@ class TauConfig(PretrainingConfig):
     samples: int = 4
     """samples of a posterior of hib"""
     papers_probe: bool = False
-    """also the paper's linear evaluation and nearest neighbour"""
+    """also the paper's optimiser of the linear evaluation, on features of unaugmented images, and its nearest neighbour, by two
+    augmented views of each training image"""
     backbone: str | None = None
     """a frozen pretrained network on which only a temperature head is fitted: a timm name, resnet20 or resnet56 (CIFAR-10's), or
     simclr, byol or clip"""
@@ -314,13 +317,11 @@ def evaluate(config: TauConfig, run: Run, members: Sequence[Member], judged: Jud
     training = [encode(network, probed, run.device) for network in networks]
     encoded = encode(networks[0], test, run.device)
     blank = make_network(config, judged.train).to(run.device)
-    pairs = {
-        "worth": (training[0], encoded),
-        "random_features": (encode(blank, probed, run.device), encode(blank, test, run.device)),
-    }
+    settle(blank, probed, run.device)
+    blanks = (encode(blank, probed, run.device), encode(blank, test, run.device))
     known = {
-        name: worth(_mean_only(one, config), _mean_only(other, config), config.seed, config.papers_probe)
-        for name, (one, other) in pairs.items()
+        "worth": worth_of(config, networks[0], probed, training[0], encoded, run.device),
+        "random_features": worth_of(config, blank, probed, *blanks, run.device),
     }
     inside = uncertainties(networks, training, test, config, run.device)
     outside = {
@@ -343,6 +344,38 @@ def evaluate(config: TauConfig, run: Run, members: Sequence[Member], judged: Jud
         "scores": {name: _five_numbers(score) for name, score in inside.items()},
         "seconds_of_training": [round(member.history.seconds, 1) for member in members],
         "parameters": sum(p.numel() for p in networks[0].encoder.parameters()),
+def worth_of(
+    config: TauConfig, network: PretrainingNetwork, probed: Images, train: Encoded, test: Encoded, device: torch.device
+) -> dict[str, float]:
+    """What a network's features are worth; with --papers-probe also by augmented views of the training images."""
+    views = None
+    if config.papers_probe:
+        augmented = [Augmented(probed, augmentation(config), config.seed, view) for view in (0, 1)]
+        views = [means(encode(network, one, device).projection, config) for one in augmented]
+    return worth(_mean_only(train, config), _mean_only(test, config), config.seed, views)
+
+
+@torch.no_grad()
+def settle(network: nn.Module, images: Images, device: torch.device) -> None:
+    """Gives BatchNorm the statistics of images, as a trained network has them; without it nothing happens."""
+    norms = [part for part in network.modules() if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    network.train()
+    if norms:
+        for chunk in images.first(SETTLING).chunks(device):
+            network(chunk)
+    network.eval()
+
+
+def draw_ends(config: TauConfig, test: Images, scores: Mapping[str, np.ndarray]) -> None:
+    """The most and the least certain test images by the method's own scores, or by neighbours where it has none."""
+    own = [name for name in scores if name not in ("kNN", "1/feature-norm")] or ["kNN"]
+    shown, words = {name: scores[name] for name in own}, CLASSES.get(config.dataset)
+    certainty_grid(config.output / "certainty.png", picture_of(test), test.label, shown, words)
+
+
     }
 
 

@@ -127,15 +127,28 @@ class ViewBatches:
         return augment(x.repeat(self.views, 1, 1, 1), done).chunk(self.views)
 
 
+@dataclass(frozen=True)
+class Augmented:
+    """A view of every image, `Labelled`: the same at each look, by the seed and the number of the view alone."""
+
+    images: Labelled
+    how: Augmentation
+    seed: int
+    view: int
+
+    @property
+    def label(self) -> np.ndarray:
+        return self.images.label
+
+    def chunks(self, device: torch.device) -> Iterator[Tensor]:
+        for number, x in enumerate(self.images.chunks(device)):
+            generator = step_generator(self.seed, FIXED, self.view, number)
+            yield augment(x, draw(self.how, len(x), x.shape[1:], generator))
+
+
 def fixed_views(
     images: Labelled, how: Augmentation, seed: int, device: torch.device, views: int = 2
 ) -> tuple[Tensor, ...]:
     """Views [N, C, H, W] in 0..1 that are the same whenever they are asked for: they depend on (seed, view, row) alone."""
-    found = []
-    for view in range(views):
-        parts = []
-        for number, x in enumerate(images.chunks(device)):
-            generator = step_generator(seed, FIXED, view, number)
-            parts.append(augment(x, draw(how, len(x), x.shape[1:], generator)))
-        found.append(torch.cat(parts))
-    return tuple(found)
+    each = (Augmented(images, how, seed, view) for view in range(views))
+    return tuple(torch.cat(list(one.chunks(device))) for one in each)

@@ -18,10 +18,13 @@ from posthoc.adapters.errors import BackboneError, OptionError
 from posthoc.adapters.source_arrays import ArraySource, ListSource
 from posthoc.eval.dataset_classes import CLASSES
 from posthoc.recipes.augmentations import Augmentation
+from posthoc.adapters.training_loop import run_plan, step_generator
 from posthoc.recipes.pretraining import Ahead, PretrainingConfig, own_view_found, throughput
+from posthoc.eval.probe_protocols import TAU, sgd_probe
 from posthoc.recipes.pretraining_evaluation import (
     Chosen,
     Encoded,
+    PROBE,
     align,
     other_sources,
     shaped_like,
@@ -29,7 +32,7 @@ from posthoc.recipes.pretraining_evaluation import (
     worth,
 )
 from posthoc.recipes.pretraining_networks import PretrainingNetwork, image_encoder, projection_head, synchronised
-from posthoc.recipes.view_batches import BLOCK, Images, ViewBatches, fixed_views
+from posthoc.recipes.view_batches import BLOCK, Augmented, Images, ViewBatches, fixed_views
 
 CPU, ALONE = torch.device("cpu"), Launch(0, 1)
 
@@ -216,19 +219,28 @@ def test_what_features_are_worth(generator: torch.Generator) -> None:
         noise = torch.randn(rows, 4, generator=generator)
         return Encoded(known.numpy(), noise.numpy(), label.numpy())
 
-    found = worth(encoded(300), encoded(200), 0, paper=True)
-    assert found["linear"] == found["nearest_feature"] == 1.0
+    train, test = encoded(300), encoded(200)
+    known, other = (np.pad(one.feature, ((0, 0), (0, 1))) for one in (train, test))
+    views = [known, np.roll(known, 1, axis=1)]
+    found = worth(train, Encoded(test.feature, other, test.label), 0, views)
+    assert found["linear"] == found["nearest_feature"] == found["nearest_papers_one_view"] == 1.0
     assert found["nearest_projection"] < 0.6
-    assert set(found) == {
-        "linear", "nearest_feature", "nearest_projection", "linear_papers_sgd", "nearest_papers_one_view",
-    }  # fmt: skip
+    both = sum(one / np.linalg.norm(one, axis=1, keepdims=True) for one in views)
+    near = (other @ both.T).argmax(1)
+    assert found["nearest_papers_two_views"] == pytest.approx((train.label[near] == test.label).mean(), abs=1e-9)
+    assert found["nearest_papers_two_views"] < 0.9
+    logits = sgd_probe(train.feature, train.label, test.feature, TAU, step_generator(0, PROBE))
+    assert found["linear_papers_sgd_unaugmented"] == (logits.argmax(1) == test.label).mean()
+    assert set(worth(train, test, 0)) == {"linear", "nearest_feature", "nearest_projection"}
 
 
-def test_networks_that_differ_by_a_rotation_are_aligned(generator: torch.Generator) -> None:
-    rows = torch.randn(100, 6, generator=generator, dtype=torch.float64)
-    turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
-    found = align((rows @ turn).numpy(), (3 * rows).numpy())
-    np.testing.assert_allclose(found, turn.T.numpy(), atol=1e-9)
+def test_a_view_of_every_image_is_one_of_the_fixed_views() -> None:
+    images = some_images(40)
+    pair = fixed_views(images, Augmentation(), 3, CPU)
+    for view in (0, 1):
+        one = Augmented(images, Augmentation(), 3, view)
+        assert torch.equal(torch.cat(list(one.chunks(CPU))), pair[view])
+        assert one.label is images.label
 
 
 def test_options_that_cannot_work() -> None:

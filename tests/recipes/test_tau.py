@@ -31,7 +31,7 @@ from posthoc.recipes.pretraining import own_view_found
 from posthoc.recipes.pretraining_evaluation import Encoded, encode
 from posthoc.recipes.pretraining_networks import PretrainingNetwork
 from posthoc.recipes.small_image_networks import small_image_network
-from posthoc.recipes.tau import TauConfig, make_network, watched
+from posthoc.recipes.tau import TauConfig, make_network, settle, watched
 from posthoc.recipes.tau_methods import (
     SAMPLES,
     Batches,
@@ -143,7 +143,7 @@ def test_two_processes_are_one(folder: Path) -> None:
     [
         ("--method simclr --members 2", ["ensemble", "ensemble, not aligned, as released"]),
         ("--method hib", ["std"]),
-        ("--method moco --queue 64", []),
+        ("--method moco --queue 64 --papers-probe", []),
         ("--method supervised --dropout 0.5 --passes 3",
          ["max-softmax", "entropy", "energy", "max-logit", "MC dropout", "ODIN"]),
     ],
@@ -161,6 +161,8 @@ def test_every_baseline_has_its_score(folder: Path, words: str, own: list[str]) 
 
 
 def test_the_losses_are_the_librarys(generator: torch.Generator) -> None:
+    papers = {"linear_papers_sgd_unaugmented", "nearest_papers_two_views", "nearest_papers_one_view"}
+    assert (papers <= set(found["worth"])) == (papers <= set(found["random_features"])) == ("papers" in words)
     views = [torch.rand(32, 3, 8, 8, generator=generator) for _ in range(2)]
     images = some_images(64)
     for options, loss in (
@@ -283,7 +285,25 @@ def test_scores_by_hand() -> None:
     own = torch.from_numpy(known.projection[:, :6])
     assert seen["own_view_found"] == own_view_found(own, own) > 0.5
     assert seen["tau_50"] == pytest.approx(float(temperature(raw, 0.1).quantile(0.5)), rel=1e-5)
-    assert isinstance(known, Encoded)
+
+
+def test_random_features_get_batchnorms_statistics() -> None:
+    images, config = some_images(100), small(network="resnet18", norm="batch", method="simclr")
+    network = make_network(config, images)
+    settle(network, images, CPU)
+    assert not any(part.training for part in network.modules())
+    inner: Any = network.encoder.network
+    x = (images.pixels / 255 - network.encoder.mean) / network.encoder.std
+    with torch.no_grad():
+        first = inner.conv1(x)
+    torch.testing.assert_close(inner.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(inner.bn1.running_var, first.var((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    norms = [part for part in network.modules() if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    assert all(norm.running_mean is not None and norm.running_mean.abs().max() > 0 for norm in norms)
+    grouped = make_network(small(), images)
+    before = copy.deepcopy(grouped.state_dict())
+    settle(grouped, images, CPU)
+    assert all(torch.equal(value, before[name]) for name, value in grouped.state_dict().items())
 
 
 def test_networks_are_compiled_where_it_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
