@@ -155,6 +155,10 @@ def check_part(config: TauConfig) -> None:
         raise OptionError(f"{given}: options {which}")
     if config.backbone is not None and "temperature" in other and not config.reference:
         raise OptionError(
+PAPER: dict[str, Any] = {
+    "network": "resnet18", "norm": "batch", "hidden": 512, "dim": 128, "batch_size": 128, "epochs": 200, "every": 10,
+    "lr": 1e-4, "weight_decay": 0.0, "queue": 65536, "momentum": 0.999, "papers_probe": True, "throughput_steps": 50,
+}  # fmt: skip
             f"--temperature {config.temperature} was given; a head chooses its own t by blur, but with --reference"
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,12 +166,44 @@ def test_throughput_leaves_the_module_as_it_was(monkeypatch: pytest.MonkeyPatch)
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), name
     random = [x for x, _ in module.seen if x.max() < 1]
-    assert len(random) == 6  # three rounds of two steps
+    assert len(random) == 7  # three rounds of two steps, and one to begin with
     assert len(module.seen) == 13
     assert all(torch.equal(x, random[0]) for x in random)
     assert all(torch.equal(rows, torch.arange(32)) for _, rows in module.seen)
     config.throughput_steps = 0
     assert throughput(run, module, lambda step: ()) == {}
+
+def test_throughput_is_of_batches_that_are_made_meanwhile_and_of_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = threading.Event()
+    disturbed: list[bool] = []
+    made: list[int] = []
+    at_start: list[int] = []
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        busy.set()
+        time.sleep(0.02)
+        made.append(step)
+        busy.clear()
+        return torch.full((32, 4), 2.0 + step), torch.arange(32)
+
+    class Watched(Tiny):
+        def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+            if x.max() < 1:
+                disturbed.append(busy.is_set())
+            return super().forward(x, rows)
+
+    def counted(*arguments: Any) -> Any:
+        at_start.append(len(made))
+        return run_plan(*arguments)
+
+    monkeypatch.setattr("posthoc.recipes.pretraining.run_plan", counted)
+    run: Any = SimpleNamespace(config=PretrainingConfig(throughput_steps=2, batch_size=32), device=CPU)
+    found = throughput(run, Watched(), batch)
+    # one batch for its shape; then in each round the first is there before the clock starts, and three are made in all
+    assert at_start == [1, 2, 4, 5, 7, 8, 10]
+    assert disturbed == [False] * 7
+    assert found["training_images_per_second"] <= 32 / 0.02  # as fast as batches are made, and no faster
+
 
 
 def test_the_share_of_views_that_are_found() -> None:
