@@ -28,7 +28,6 @@ from ..eval.ood import ood_table
 from ..eval.plots import Strip, gallery, page
 from ..eval.probe_protocols import TAU, sgd_probe, tau_nearest_label
 from ..eval.probes import linear_probe, nearest_label, top_k_accuracy
-from ..eval.search import directions
 from .view_batches import Images, Labelled
 
 PROBE = 500  # place of the random numbers
@@ -216,9 +215,3 @@ def certainty_grid(
 def picture_of(images: Images) -> Callable[[int], np.ndarray]:
     """A row's image for `certainty_grid`."""
     return lambda row: images.pixels[row].permute(1, 2, 0).numpy().squeeze()
-
-
-def align(projection: np.ndarray, onto: np.ndarray) -> np.ndarray:
-    """The rotation [D, D] that puts unit rows [N, D] of one network as near as it can to another's (Procrustes)."""
-    left, _, right = np.linalg.svd(directions("projection", projection).T @ directions("onto", onto))
-    return left @ right

@@ -129,10 +129,6 @@ class TauConfig(PretrainingConfig):
             raise OptionError("--include-positive and --reference were given; the released configurations leave it out")
 
 
-PAPER: dict[str, Any] = {
-    "network": "resnet18", "norm": "batch", "hidden": 512, "dim": 128, "batch_size": 128, "epochs": 200, "every": 10,
-    "lr": 1e-4, "weight_decay": 0.0, "queue": 65536, "momentum": 0.999, "papers_probe": True,
-}  # fmt: skip
 OF_A_HEAD = ("backbone", "checkpoint", "random_weights", "positives", "views", "test_images", "cache_dir")
 OF_BOTH = (
     "output", "seed", "resume", "dataset", "data_dir", "train_images", "ood_images", "epochs", "lr", "batch_size",
@@ -155,23 +151,23 @@ def check_part(config: TauConfig) -> None:
         raise OptionError(f"{given}: options {which}")
     if config.backbone is not None and "temperature" in other and not config.reference:
         raise OptionError(
-PAPER: dict[str, Any] = {
-    "network": "resnet18", "norm": "batch", "hidden": 512, "dim": 128, "batch_size": 128, "epochs": 200, "every": 10,
-    "lr": 1e-4, "weight_decay": 0.0, "queue": 65536, "momentum": 0.999, "papers_probe": True, "throughput_steps": 50,
-}  # fmt: skip
             f"--temperature {config.temperature} was given; a head chooses its own t by blur, but with --reference"
         )
 
 
+PAPER: dict[str, Any] = {
+    "network": "resnet18", "norm": "batch", "hidden": 512, "dim": 128, "batch_size": 128, "epochs": 200, "every": 10,
+    "lr": 1e-4, "weight_decay": 0.0, "queue": 65536, "momentum": 0.999, "papers_probe": True, "throughput_steps": 50,
+}  # fmt: skip
 """The released configurations of TaU. Their LARS and weight decay had no effect (docs/recipes.md), so there are none here."""
+
+HEAD: dict[str, Any] = {"epochs": 6, "batch_size": 512}
+"""About 500 steps on 50,000 images; 70 epochs are as many on 4,000."""
 
 PRESETS: dict[str, Preset] = {
     "smoke": {
         "dataset": "fashion-mnist", "width": 16, "hidden": 128, "dim": 32, "train_images": 3500, "epochs": 5,
         "lr": 2e-3, "probe_images": 2000, "ood_images": 300, "throughput_steps": 3, "check": True,
-HEAD: dict[str, Any] = {"epochs": 6, "batch_size": 512}
-"""About 500 steps on 50,000 images; 70 epochs are as many on 4,000."""
-
     },
     "default": {},
     "paper": PAPER,
@@ -270,7 +266,7 @@ def train_member(
     views = ViewBatches(
         train, augmentation(config), config.batch_size, seed, run.launch, run.device, 1 if supervised else 2
     )
-    batches = Batches(views, train, supervised, config.dropout > 0)
+    batches = Batches(views, train, supervised, network if config.dropout else None)
     pair = fixed_views(held_out, augmentation(config), seed, run.device)
 
     def watch() -> Record:
@@ -334,11 +330,8 @@ def evaluate(config: TauConfig, run: Run, members: Sequence[Member], judged: Jud
     }
     for name, score in judged.live.items():
         (inside if name == config.dataset else outside[name])["ODIN"] = score
-    own = [name for name in inside if name not in ("kNN", "1/feature-norm")] or ["kNN"]
     save_scores(config.output / "scores", {config.dataset: inside, **outside})
-    shown = {name: inside[name] for name in own}
-    words = CLASSES.get(config.dataset)
-    certainty_grid(config.output / "certainty.png", picture_of(test), test.label, shown, words)
+    draw_ends(config, test, inside)
     return {
         "method": config.method,
         **known,
@@ -348,6 +341,9 @@ def evaluate(config: TauConfig, run: Run, members: Sequence[Member], judged: Jud
         "scores": {name: _five_numbers(score) for name, score in inside.items()},
         "seconds_of_training": [round(member.history.seconds, 1) for member in members],
         "parameters": sum(p.numel() for p in networks[0].encoder.parameters()),
+    }
+
+
 def worth_of(
     config: TauConfig, network: PretrainingNetwork, probed: Images, train: Encoded, test: Encoded, device: torch.device
 ) -> dict[str, float]:
@@ -378,9 +374,6 @@ def draw_ends(config: TauConfig, test: Images, scores: Mapping[str, np.ndarray])
     own = [name for name in scores if name not in ("kNN", "1/feature-norm")] or ["kNN"]
     shown, words = {name: scores[name] for name in own}, CLASSES.get(config.dataset)
     certainty_grid(config.output / "certainty.png", picture_of(test), test.label, shown, words)
-
-
-    }
 
 
 def _mean_only(one: Encoded, config: TauConfig) -> Encoded:

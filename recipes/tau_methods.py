@@ -29,43 +29,48 @@ UNCERTAIN = ("tau", "tau-moco", "hib")
 LEAST_STD = 1e-4
 
 
-class BlockDropout(nn.Module):
-    """Dropout of whole channels [B, C, ...] inside `dropping`, and nothing outside it.
+class MaskedDropout(nn.Module):
+    """Dropout of whole channels [B, C, ...] inside `dropping`, by masks that are made before, and nothing outside it."""
 
-    Masks belong to blocks of rows, so that one process and several draw the same.
-    """
-
-    def __init__(self, probability: float) -> None:
+    def __init__(self, probability: float, channels: int) -> None:
         super().__init__()
-        self.probability = probability
-        self.generators: Sequence[torch.Generator] = ()
+        self.probability, self.channels = probability, channels
+        self.kept: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.generators:
+        if self.kept is None:
             return x
-        parts = []
-        for place, rows in enumerate(x.split(BLOCK)):
-            generator = self.generators[place % len(self.generators)]
-            kept = torch.rand(rows.shape[:2], generator=generator) >= self.probability
-            parts.append((kept / (1.0 - self.probability)).to(x))
-        return x * torch.cat(parts)[(...,) + (None,) * (x.ndim - 2)]
+        return x * (self.kept / (1.0 - self.probability)).to(x)[(...,) + (None,) * (x.ndim - 2)]
+
+
+def dropouts(network: nn.Module) -> list[MaskedDropout]:
+    """Its layers of dropout."""
+    return [part for part in network.modules() if isinstance(part, MaskedDropout)]
+
+
+def draw_masks(network: nn.Module, rows: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Which channels are kept, bool [rows of all generators, channels of all layers] on the CPU, `rows` by each generator."""
+    layers = dropouts(network)
+    dropped = torch.cat([torch.full((layer.channels,), layer.probability) for layer in layers])
+    return torch.cat([torch.rand(rows, len(dropped), generator=one) >= dropped for one in generators])
 
 
 @contextmanager
-def dropping(network: nn.Module, generators: Sequence[torch.Generator]) -> Iterator[None]:
-    """Inside, every `BlockDropout` of the network draws from these: one for each block of rows, of each view again."""
-    layers = [part for part in network.modules() if isinstance(part, BlockDropout)]
-    for layer in layers:
-        layer.generators = generators
+def dropping(network: nn.Module, kept: Tensor | None) -> Iterator[None]:
+    """Inside, the network drops the channels of each row by these masks (`draw_masks`), on its device; None: none."""
+    layers = [] if kept is None else dropouts(network)
+    if kept is not None:
+        for layer, mask in zip(layers, kept.split([layer.channels for layer in layers], dim=1), strict=True):
+            layer.kept = mask
     try:
         yield
     finally:
         for layer in layers:
-            layer.generators = ()
+            layer.kept = None
 
 
 def with_dropout(network: nn.Module, probability: float) -> None:
-    """Puts `BlockDropout` behind the first activation of each residual block, or behind each hidden layer of a plain network.
+    """Puts `MaskedDropout` behind the first activation of each residual block, or behind each hidden layer of a plain network.
 
     Raises BackboneError for a network that has neither.
     """
@@ -75,29 +80,30 @@ def with_dropout(network: nn.Module, probability: float) -> None:
     blocks = [part for part in inner_parts if isinstance(getattr(part, "act1", None), nn.Module)]
     for block in blocks:
         inner: Any = block
-        inner.act1 = nn.Sequential(inner.act1, BlockDropout(probability))
+        inner.act1 = nn.Sequential(inner.act1, MaskedDropout(probability, inner.conv1.out_channels))
     features = getattr(network, "features", None)
     if not blocks and isinstance(features, nn.Sequential):
+        channels = 0
         for place, part in enumerate(features):
+            channels = part.out_channels if isinstance(part, nn.Conv2d) else channels
             if isinstance(part, nn.ReLU):
-                features[place] = nn.Sequential(part, BlockDropout(probability))
-                blocks.append(part)
-    if not blocks:
+                features[place] = nn.Sequential(part, MaskedDropout(probability, channels))
+    if not dropouts(network):
         raise BackboneError(
             f"--dropout: {type(network).__name__} has no blocks of timm's ResNets and no plain layers; take small or resnet18"
         )
 
 
 class Method(nn.Module):
-    """One step's loss of this process's views. `network` is what is trained; `noise`: generators of the blocks' dropout."""
+    """One step's loss of this process's views. `network` is what is trained; `kept`: masks of the dropout, view by view."""
 
     def __init__(self, network: PretrainingNetwork, config: TauConfig) -> None:
         super().__init__()
         self.network, self.config = network, config
 
-    def embed(self, views: Sequence[Tensor], noise: Sequence[torch.Generator]) -> Tensor:
+    def embed(self, views: Sequence[Tensor], kept: Tensor | None) -> Tensor:
         """Projections of this process's images, or of all processes', [N, views, D]."""
-        with dropping(self.network, noise):
+        with dropping(self.network, kept):
             projected = self.network(torch.cat(tuple(views)))[1]
         rows = full(torch.stack(projected.chunk(len(views)), 1))  # autocast's 8 bits are too few for others' rows too
         return gather_rows(rows) if self.config.gather else rows
@@ -114,8 +120,8 @@ class Contrast(Method):
         else:
             self.loss = NTXent(config.temperature, reference=config.reference)
 
-    def forward(self, first: Tensor, second: Tensor, step: int, noise: Sequence[torch.Generator]) -> Tensor:
-        one, other = self.embed((first, second), noise).unbind(1)
+    def forward(self, first: Tensor, second: Tensor, step: int, kept: Tensor | None) -> Tensor:
+        one, other = self.embed((first, second), kept).unbind(1)
         if self.config.method == "tau":
             return self.loss(one[:, :-1], other[:, :-1], one[:, -1], other[:, -1])
         return self.loss(one, other)
@@ -129,11 +135,12 @@ class Queue(Method):
         self.moco = MomentumContrast(network, config.dim, config.queue, config.momentum)
         self.loss = TaUMoCo(config.temperature)
 
-    def forward(self, first: Tensor, second: Tensor, step: int, noise: Sequence[torch.Generator]) -> Tensor:
+    def forward(self, first: Tensor, second: Tensor, step: int, kept: Tensor | None) -> Tensor:
         self.moco.update(self.network)  # after the optimiser's last step; before the first both are the same
-        with dropping(self.network, noise):
+        of_query, of_key = (None, None) if kept is None else kept.chunk(2)
+        with dropping(self.network, of_query):
             query = self.network(first)[1]
-        with dropping(self.moco.encoder, noise):
+        with dropping(self.moco.encoder, of_key):
             key = self.moco(second)[1][:, : self.config.dim]
         if self.config.method == "tau-moco":
             loss = self.loss(query[:, :-1], key, self.moco.queue, query[:, -1])
@@ -151,16 +158,16 @@ class Hedged(Method):
         super().__init__(network, config)
         self.loss = HedgedGaussian(0.5, 0.0, config.samples, 1e-4)
 
-    def forward(self, first: Tensor, second: Tensor, step: int, noise: Sequence[torch.Generator]) -> Tensor:
-        one, other = (posterior(rows) for rows in self.embed((first, second), noise).unbind(1))
+    def forward(self, first: Tensor, second: Tensor, step: int, kept: Tensor | None) -> Tensor:
+        one, other = (posterior(rows) for rows in self.embed((first, second), kept).unbind(1))
         return self.loss(one, other, generator=step_generator(self.config.seed, SAMPLES, step))
 
 
 class Supervised(Method):
     """Cross-entropy with the labels; the projection is the classifier."""
 
-    def forward(self, view: Tensor, label: Tensor, noise: Sequence[torch.Generator]) -> Tensor:
-        with dropping(self.network, noise):
+    def forward(self, view: Tensor, label: Tensor, kept: Tensor | None) -> Tensor:
+        with dropping(self.network, kept):
             logits = self.network(view)[1]
         return functional.cross_entropy(logits.float(), label.to(logits.device))
 
@@ -181,16 +188,22 @@ def make_method(network: PretrainingNetwork, config: TauConfig) -> Method:
 
 @dataclass
 class Batches:
-    """What a method's forward takes at a step."""
+    """What a method's forward takes at a step. network: whose channels are dropped; None: no dropout."""
 
     views: ViewBatches
     images: Images
     supervised: bool
-    dropout: bool
+    network: nn.Module | None
 
     def __call__(self, step: int) -> tuple[Any, ...]:
-        noise = self.views.rows.generators(step, NOISE) if self.dropout else []
         views = self.views(step)
+        kept = None if self.network is None else self.masks(self.network, step)
         if self.supervised:
-            return *views, torch.from_numpy(self.images.label[self.views.rows(step).numpy()]), noise
-        return *views, step, noise
+            return *views, torch.from_numpy(self.images.label[self.views.rows(step).numpy()]), kept
+        return *views, step, kept
+
+    def masks(self, network: nn.Module, step: int) -> Tensor:
+        """Of all views, those of a row by the generator of its block, so that one process and several draw the same."""
+        generators = self.views.rows.generators(step, NOISE)
+        parts = [draw_masks(network, BLOCK, generators) for _ in range(self.views.views)]
+        return torch.cat(parts).to(self.views.device)

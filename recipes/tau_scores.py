@@ -12,15 +12,16 @@ from torch import nn
 from torchvision import transforms
 
 from ..adapters.backbone import build_backbone
+from ..adapters.embedding_baselines import procrustes
 from ..adapters.errors import PosthocError
 from ..adapters.losses.tau import temperature
 from ..adapters.training_loop import step_generator
 from ..eval.baselines import LOGIT_SCORES, inverse_norm, knn
 from ..eval.live_detectors import live_scores
 from ..eval.search import as_unit, neighbours
-from .pretraining_evaluation import Encoded, align, encode
+from .pretraining_evaluation import Encoded, encode
 from .pretraining_networks import PretrainingNetwork
-from .tau_methods import UNCERTAIN, dropping, posterior
+from .tau_methods import UNCERTAIN, draw_masks, dropping, posterior
 from .view_batches import Images
 
 if TYPE_CHECKING:
@@ -58,33 +59,47 @@ def uncertainties(
     if config.reference:
         bank = first if test is None else means(test.projection, config)
         scores["kNN, as released"] = papers_neighbours(first, bank, own=test is None)
-    last = torch.from_numpy(found[0].projection)[:, -1]
-    if config.method in ("tau", "tau-moco"):
-        scores["tau"] = temperature(last, config.temperature).numpy()
-        scores["-r^2, as released"] = -last.square().numpy()
-    if config.method == "hib":
-        scores["std"] = posterior(torch.from_numpy(found[0].projection)).stddev[:, 0].contiguous().numpy()
-    if config.method == "supervised":
-        scores.update({name: score(found[0].projection) for name, score in LOGIT_SCORES.items()})
+    scores |= own_scores(found[0].projection, config)
     if config.dropout:
         scores["MC dropout"] = spread(stochastic(networks[0], images, config, device))
     if len(networks) > 1:
         plain = [as_unit(means(one.projection, config)) for one in found]
-        banks = [means(one.projection, config) for one in training]
-        turned = [rows @ align(bank, banks[0]) for rows, bank in zip(plain, banks, strict=True)]
-        scores["ensemble"] = spread(turned)
+        frames = np.stack([as_unit(means(one.projection, config)) for one in training])
+        turns = procrustes(torch.from_numpy(frames)).numpy()
+        scores["ensemble"] = spread([rows @ turn for rows, turn in zip(plain, turns, strict=True)])
         scores["ensemble, not aligned, as released"] = spread(plain)
     return scores
 
 
+def own_scores(projection: np.ndarray, config: TauConfig) -> dict[str, np.ndarray]:
+    """What a method says of its own projections [N, D], float32 [N] by name; a plain contrast says nothing."""
+    rows = torch.from_numpy(projection)
+    if config.method in ("tau", "tau-moco"):
+        raw = rows[:, -1]
+        return {
+            "tau": temperature(raw, config.temperature).numpy(),
+            "-r^2, as released": -raw.square().numpy(),
+        }
+    if config.method == "hib":
+        return {"std": posterior(rows).stddev[:, 0].contiguous().numpy()}
+    if config.method == "supervised":
+        return {name: score(projection) for name, score in LOGIT_SCORES.items()}
+    return {}
+
+
+@torch.no_grad()
 def stochastic(
     network: PretrainingNetwork, images: Images, config: TauConfig, device: torch.device
 ) -> list[np.ndarray]:
     """Unit projections [N, D] of several passes with dropout."""
     found = []
+    network.eval()
     for number in range(config.passes):
-        with dropping(network, [step_generator(config.seed, PASSES, number)]):
-            found.append(as_unit(means(encode(network, images, device).projection, config)))
+        generator, parts = step_generator(config.seed, PASSES, number), []
+        for chunk in images.chunks(device):
+            with dropping(network, draw_masks(network, len(chunk), [generator]).to(device)):
+                parts.append(network(chunk)[1])
+        found.append(as_unit(means(torch.cat(parts).float().cpu().numpy(), config)))
     return found
 
 

@@ -18,16 +18,15 @@ from torchvision.transforms.v2 import functional as reference
 from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import BackboneError, OptionError
 from posthoc.adapters.source_arrays import ArraySource, ListSource
-from posthoc.eval.dataset_classes import CLASSES
-from posthoc.recipes.augmentations import Augmentation
 from posthoc.adapters.training_loop import run_plan, step_generator
-from posthoc.recipes.pretraining import Ahead, PretrainingConfig, own_view_found, throughput
+from posthoc.eval.dataset_classes import CLASSES
 from posthoc.eval.probe_protocols import TAU, sgd_probe
+from posthoc.recipes.augmentations import Augmentation
+from posthoc.recipes.pretraining import Ahead, PretrainingConfig, own_view_found, throughput
 from posthoc.recipes.pretraining_evaluation import (
+    PROBE,
     Chosen,
     Encoded,
-    PROBE,
-    align,
     other_sources,
     shaped_like,
     spread_over,
@@ -173,6 +172,7 @@ def test_throughput_leaves_the_module_as_it_was(monkeypatch: pytest.MonkeyPatch)
     config.throughput_steps = 0
     assert throughput(run, module, lambda step: ()) == {}
 
+
 def test_throughput_is_of_batches_that_are_made_meanwhile_and_of_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = threading.Event()
     disturbed: list[bool] = []
@@ -203,7 +203,6 @@ def test_throughput_is_of_batches_that_are_made_meanwhile_and_of_nothing_else(mo
     assert at_start == [1, 2, 4, 5, 7, 8, 10]
     assert disturbed == [False] * 7
     assert found["training_images_per_second"] <= 32 / 0.02  # as fast as batches are made, and no faster
-
 
 
 def test_the_share_of_views_that_are_found() -> None:

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import runpy
+import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
 from torch.distributions import Normal
 
-import timm
 from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import BackboneError, OptionError
+from posthoc.adapters.heads import temperature as temperature_head
 from posthoc.adapters.losses import HedgedGaussian, NTXent, TaU, TaUMoCo
 from posthoc.adapters.losses.tau import temperature
+from posthoc.adapters.model import UncertainModel
 from posthoc.adapters.training_loop import step_generator
+from posthoc.adapters.weights import read_checkpoint
 from posthoc.eval.ood import Ood
 from posthoc.recipes import tau
 from posthoc.recipes.augmentations import Augmentation
-from posthoc.adapters.heads import temperature as temperature_head
 from posthoc.recipes.digits import load_digits
 from posthoc.recipes.networks import StridedConvNet
-from posthoc.adapters.model import UncertainModel
-from posthoc.adapters.weights import read_checkpoint
 from posthoc.recipes.options import parse
 from posthoc.recipes.pretraining import own_view_found
-from posthoc.recipes.pretraining_evaluation import Encoded, encode
+from posthoc.recipes.pretraining_evaluation import encode
 from posthoc.recipes.pretraining_networks import PretrainingNetwork
 from posthoc.recipes.small_image_networks import small_image_network
 from posthoc.recipes.tau import TauConfig, make_network, settle, watched
 from posthoc.recipes.tau_methods import (
     SAMPLES,
     Batches,
-    BlockDropout,
     Hedged,
+    MaskedDropout,
     Queue,
+    draw_masks,
+    dropouts,
     dropping,
     make_method,
     posterior,
@@ -72,6 +79,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def write_idx(raw: Path, part: str, images: np.ndarray, label: np.ndarray) -> None:
+    raw.mkdir(parents=True, exist_ok=True)
+    for kind, array in (("images-idx3", images), ("labels-idx1", label.astype(np.uint8))):
+        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.tobytes())
+
+
 def some_images(count: int, size: int = 8) -> Images:
     pixels = torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0)).byte()
     return Images(pixels, np.arange(count) % 5)
@@ -79,13 +93,6 @@ def some_images(count: int, size: int = 8) -> Images:
 
 def small(**options: Any) -> TauConfig:
     return TauConfig(**{"width": 8, "hidden": 16, "dim": 6, "batch_size": 32, **options})
-
-
-def write_idx(raw: Path, part: str, images: np.ndarray, label: np.ndarray) -> None:
-    raw.mkdir(parents=True, exist_ok=True)
-    for kind, array in (("images-idx3", images), ("labels-idx1", label.astype(np.uint8))):
-        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-        (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.tobytes())
 
 
 def test_it_learns_and_says_what_it_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +161,8 @@ def test_every_baseline_has_its_score(folder: Path, words: str, own: list[str]) 
     name = words.replace(" ", "").lstrip("-")
     short = [*SMALL, "--train-images", "150", "--epochs", "1", *words.split(), "--output", name]
     found = results("tau", short, folder)
+    papers = {"linear_papers_sgd_unaugmented", "nearest_papers_two_views", "nearest_papers_one_view"}
+    assert (papers <= set(found["worth"])) == (papers <= set(found["random_features"])) == ("papers" in words)
     scores = found["ood"]["mnist"]["scores"]
     assert list(scores) == ["kNN", "1/feature-norm", *own]
     assert len(found["seconds_of_training"]) == (2 if "members" in words else 1)
@@ -163,8 +172,6 @@ def test_every_baseline_has_its_score(folder: Path, words: str, own: list[str]) 
 
 
 def test_the_losses_are_the_librarys(generator: torch.Generator) -> None:
-    papers = {"linear_papers_sgd_unaugmented", "nearest_papers_two_views", "nearest_papers_one_view"}
-    assert (papers <= set(found["worth"])) == (papers <= set(found["random_features"])) == ("papers" in words)
     views = [torch.rand(32, 3, 8, 8, generator=generator) for _ in range(2)]
     images = some_images(64)
     for options, loss in (
@@ -180,13 +187,13 @@ def test_the_losses_are_the_librarys(generator: torch.Generator) -> None:
             theirs = loss(one[:, :6], other[:, :6], one[:, 6], other[:, 6])
         else:
             theirs = loss(one, other)
-        torch.testing.assert_close(method(*views, 0, []), theirs)
+        torch.testing.assert_close(method(*views, 0, None), theirs)
     config = small(method="hib")
     method = make_method(make_network(config, images), config)
     assert isinstance(method, Hedged)
     one, other = (posterior(method.network(view)[1]) for view in views)
     theirs = HedgedGaussian(0.5, 0.0, 4, 1e-4)(one, other, generator=step_generator(0, SAMPLES, 7))
-    torch.testing.assert_close(method(*views, 7, []), theirs)
+    torch.testing.assert_close(method(*views, 7, None), theirs)
     assert isinstance(one, Normal)
     assert (one.stddev[:, :1] == one.stddev).all()
 
@@ -199,40 +206,82 @@ def test_mocos_keys_come_from_a_network_that_trails(generator: torch.Generator) 
     queue = method.moco.queue.clone()
     query, key = method.network(first)[1], method.network(second)[1][:, :6].detach()
     theirs = TaUMoCo(0.1)(query[:, :6], key, queue, query[:, 6])
-    torch.testing.assert_close(method(first, second, 0, []), theirs)
+    torch.testing.assert_close(method(first, second, 0, None), theirs)
     torch.testing.assert_close(method.moco.queue[:32], nn.functional.normalize(key, dim=1))
     assert torch.equal(method.moco.queue[32:], queue[32:])
     old = {name: value.clone() for name, value in method.network.state_dict().items()}
     with torch.no_grad():
         for parameter in method.network.parameters():
             parameter.add_(1.0)
-    method(first, second, 1, [])
+    method(first, second, 1, None)
     for name, value in method.moco.encoder.state_dict().items():
         torch.testing.assert_close(value, old[name] + 0.25)  # a quarter of the way
 
 
-def test_dropout_belongs_to_rows(generator: torch.Generator) -> None:
-    layer = BlockDropout(0.25)
+def test_dropout_drops_whole_channels_by_masks() -> None:
+    layers = nn.Sequential(MaskedDropout(0.25, 50), MaskedDropout(0.5, 50))
     x = torch.ones(2 * BLOCK, 50, 3, 3)
-    assert torch.equal(layer(x), x)
-    with dropping(layer, [torch.Generator().manual_seed(k) for k in (0, 1)]):
-        dropped = layer(x)
-    assert torch.equal(layer(x), x)
-    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
-    assert (dropped == dropped[:, :, :1, :1]).all()  # whole channels
-    assert (dropped == 0).double().mean() == pytest.approx(0.25, abs=0.03)
-    with dropping(layer, [torch.Generator().manual_seed(1)]):
-        assert torch.equal(layer(x[BLOCK:]), dropped[BLOCK:])
+    assert torch.equal(layers(x), x)
+    kept = draw_masks(layers, BLOCK, [torch.Generator().manual_seed(k) for k in (0, 1)])
+    assert kept.shape == (2 * BLOCK, 100)
+    with dropping(layers, kept):
+        first = layers[0](x)
+        both = layers(x)
+    assert torch.equal(layers(x), x)
+    assert first.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert (first == first[:, :, :1, :1]).all()
+    assert (first == 0).double().mean() == pytest.approx(0.25, abs=0.03)
+    torch.testing.assert_close(both, x * (kept[:, :50] / 0.75 * kept[:, 50:] / 0.5)[..., None, None])
+    assert (both == 0).double().mean() == pytest.approx(1 - 0.75 * 0.5, abs=0.03)
+    assert torch.equal(draw_masks(layers, BLOCK, [torch.Generator().manual_seed(1)]), kept[BLOCK:])  # a block's own
+
+
+def test_dropout_stands_behind_the_first_activation_of_each_block(generator: torch.Generator) -> None:
     network = StridedConvNet(3, 8)
     with_dropout(network, 0.5)
-    assert sum(isinstance(part, BlockDropout) for part in network.modules()) == 4
+    assert [layer.channels for layer in dropouts(network)] == [8, 16, 32, 64]
     resnet = small_image_network("resnet18", 0)
     with_dropout(resnet, 0.5)
-    assert [name for name, part in resnet.named_modules() if isinstance(part, BlockDropout)] == [
+    assert [name for name, part in resnet.named_modules() if isinstance(part, MaskedDropout)] == [
         f"layer{stage}.{block}.act1.1" for stage in (1, 2, 3, 4) for block in (0, 1)
     ]
+    x = torch.rand(3, 3, 8, 8, generator=generator)
+    whole = torch.ones(3, 2 * (64 + 128 + 256 + 512), dtype=torch.bool)
+    for part in resnet.modules():
+        if isinstance(part, nn.BatchNorm2d):  # timm's blocks begin as the identity
+            nn.init.ones_(part.weight)
+    with dropping(resnet.eval(), whole):
+        nothing_dropped = resnet(x)  # the masks fit the channels of every layer
+    assert nothing_dropped.shape == (3, 512)
+    assert not torch.allclose(nothing_dropped, resnet(x))  # what stays counts twice
     with pytest.raises(BackboneError, match="no blocks of timm's ResNets"):
         with_dropout(nn.Sequential(nn.Linear(2, 2)), 0.5)
+
+
+def test_a_queue_drops_other_channels_of_each_view(generator: torch.Generator) -> None:
+    config = small(method="moco", queue=80, dropout=0.5)
+    method = make_method(make_network(config, some_images(64)), config)
+    first, second = (torch.rand(32, 3, 8, 8, generator=generator) for _ in range(2))
+    kept = draw_masks(method.network, 64, [generator])
+    with dropping(method.network, kept[:32]):
+        query = method.network(first)[1]
+    with dropping(method.network, kept[32:]):
+        key = method.network(second)[1].detach()
+    assert isinstance(method, Queue)
+    flat = torch.full((32,), torch.inf)
+    theirs = TaUMoCo(0.1)(query, key, method.moco.queue.clone(), flat)
+    torch.testing.assert_close(method(first, second, 0, kept), theirs)
+
+
+def test_rows_are_gathered_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr("posthoc.recipes.tau_methods.gather_rows", lambda rows: (seen.append(rows.dtype), rows)[1])
+    config = small(method="simclr")
+    method = make_method(make_network(config, some_images(64)), config)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert method.network(torch.rand(2, 3, 8, 8))[1].dtype == torch.bfloat16
+        method(torch.rand(32, 3, 8, 8), torch.rand(32, 3, 8, 8), 0, None)
+    assert seen == [torch.float32]
 
 
 def test_processes_contrast_their_own_images_only_where_it_is_asked_for(
@@ -249,18 +298,43 @@ def test_processes_contrast_their_own_images_only_where_it_is_asked_for(
         method = make_method(make_network(config, some_images(64)), config)
         both = torch.stack([method.network(view)[1] for view in views], 1)
         rows = twice(both) if gather else both
-        torch.testing.assert_close(method(*views, 0, []), NTXent(0.1)(rows[:, 0], rows[:, 1]))
+        torch.testing.assert_close(method(*views, 0, None), NTXent(0.1)(rows[:, 0], rows[:, 1]))
 
 
 def test_batches_hold_what_a_method_takes() -> None:
-    images = some_images(40)
+    images = some_images(70)
+    network = nn.Sequential(MaskedDropout(0.5, 3), MaskedDropout(0.5, 4))
     views = ViewBatches(images, Augmentation(), BLOCK, 0, ALONE, CPU, 1)
-    (view, label, noise) = Batches(views, images, True, True)(0)
+    (view, label, kept) = Batches(views, images, True, network)(0)
     assert view.shape == (BLOCK, 3, 8, 8)
     assert label.tolist() == (views.rows(0) % 5).tolist()
-    assert len(noise) == 1
-    pair = ViewBatches(images, Augmentation(), BLOCK, 0, ALONE, CPU)
-    assert Batches(pair, images, False, False)(3)[2:] == (3, [])
+    assert kept.shape == (BLOCK, 7)
+    whole, *shares = (
+        ViewBatches(images, Augmentation(), 2 * BLOCK, 0, launch, CPU) for launch in (ALONE, Launch(0, 2), Launch(1, 2))
+    )
+    (step, kept), *others = (Batches(one, images, False, network)(3)[2:] for one in (whole, *shares))
+    assert step == 3
+    assert kept.shape == (4 * BLOCK, 7)
+    for view in (0, 1):  # two processes' masks are one's
+        together = torch.cat([other[view * BLOCK : (view + 1) * BLOCK] for _, other in others])
+        assert torch.equal(together, kept[2 * BLOCK * view : 2 * BLOCK * (view + 1)])
+    assert not torch.equal(kept[: 2 * BLOCK], kept[2 * BLOCK :])
+    assert Batches(whole, images, False, None)(3)[2:] == (3, None)
+
+
+def test_members_that_differ_by_a_rotation_agree(generator: torch.Generator) -> None:
+    images, config = some_images(50), small(method="simclr")
+    network = make_network(config, images)
+    turned = copy.deepcopy(network)
+    turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator))
+    last: Any = turned.projection
+    with torch.no_grad():
+        last[-1].weight.copy_(turn @ last[-1].weight)
+    both = [network, turned]
+    known = [encode(one, images, CPU) for one in both]
+    found = uncertainties(both, known, images, config, CPU)
+    assert found["ensemble"].max() < 1e-5
+    assert found["ensemble, not aligned, as released"].min() > 0.05
 
 
 def test_scores_by_hand() -> None:
@@ -333,7 +407,24 @@ def test_a_head_on_a_frozen_network(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert list(scores)[:4] == ["kNN", "1/feature-norm", "tau", "-r^2, as released"]
     assert (folder / "views" / "adapter" / "adapter.safetensors").is_file()
     assert (folder / "views" / "certainty.png").is_file()
+    (fitted,) = metrics(folder / "views").values()
+    assert len(fitted.splitlines()) == 3  # one for each epoch
+    # the first 130 are of one class, of which no pairs by labels are made
+    trained: list[tuple[Any, torch.Tensor]] = []
+
+    def train(step: Any, rows: np.ndarray, *others: Any, **options: Any) -> Any:
+        trained.append((step, torch.from_numpy(rows)))
+        return real(step, rows, *others, **options)
+
+    real = temperature_head.train
+    monkeypatch.setattr(temperature_head, "train", train)
     by_labels = results("tau", [*more, "--reference", "--positives", "labels", "--output", "labels"], folder)
+    ((step, rows),) = trained
+    batch = step.source.draw(rows, torch.Generator().manual_seed(3))
+    assert batch.negative.sum() < len(rows) * (len(rows) - 1)  # which are negatives all the same
+    cosines = [nn.functional.normalize(one, dim=1) for one in (batch.anchor, batch.positive)]
+    theirs = TaU(0.1, reference=True)(*cosines, *(step.head.raw(one) for one in (batch.anchor, batch.positive)))
+    torch.testing.assert_close(step(rows, torch.Generator().manual_seed(3)), theirs)
     assert by_labels["ood"]["mnist"]["scores"]["tau"] != scores["tau"]
     assert by_labels["ood"]["mnist"]["scores"]["kNN"] == scores["kNN"]  # the same features
 
@@ -387,6 +478,28 @@ def test_every_frozen_network_has_its_own_preprocessing_and_embedding(
 def test_weights_that_no_package_fetches_are_asked_for() -> None:
     with pytest.raises(BackboneError, match="byol: no package fetches its weights"):
         frozen_backbone(TauConfig(backbone="byol", data_dir=Path("nowhere")))
+
+
+def test_byols_weights_are_read_as_they_are_distributed(tmp_path: Path, generator: torch.Generator) -> None:
+    """Its file holds the backbone beside other things, as an nn.Sequential of the network's children without the last."""
+    network = timm.create_model("resnet10t", num_classes=0)  # small; a ResNet-50 has the same parts
+    network.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+    children = nn.Sequential(network.conv1, network.bn1, network.act1, network.maxpool)
+    children.extend([network.layer1, network.layer2, network.layer3, network.layer4, network.global_pool])
+    with torch.no_grad():
+        for value in network.state_dict().values():
+            value.copy_(torch.rand(value.shape, generator=generator))
+    file = tmp_path / "resnet50_byol_imagenet2012.pth.tar"
+    torch.save({"online_backbone": children.state_dict(), "target_backbone": {}, "epoch": 3}, file)
+    own = network.state_dict()
+    state = read_checkpoint(file)
+    assert "0.weight" in state
+    for prefix in ("", "online_network.encoder."):
+        found = encoder_weights({prefix + name: value for name, value in state.items()}, network, file)
+        assert found.keys() == {name for name in own if "tracked" not in name}
+        assert all(torch.equal(found[name], own[name]) for name in found)
+    with pytest.raises(BackboneError, match=r"It holds stem\.weight, \.\.\.: convert the names to conv1\.weight"):
+        encoder_weights({"stem.weight": state["0.weight"]}, network, file)
 
 
 def test_a_frozen_networks_images_may_lie_in_a_folder(folder: Path) -> None:
@@ -469,24 +582,7 @@ def test_options_that_both_read_are_no_refusals() -> None:
 )
 def test_the_benchmarks_runs_are_configs(
     words: str, count: int, processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    (fitted,) = metrics(folder / "views").values()
-    assert len(fitted.splitlines()) == 3  # one for each epoch
-    # the first 130 are of one class, of which no pairs by labels are made
-    trained: list[tuple[Any, torch.Tensor]] = []
-
-    def train(step: Any, rows: np.ndarray, *others: Any, **options: Any) -> Any:
-        trained.append((step, torch.from_numpy(rows)))
-        return real(step, rows, *others, **options)
-
-    real = temperature_head.train
-    monkeypatch.setattr(temperature_head, "train", train)
 ) -> None:
-    ((step, rows),) = trained
-    batch = step.source.draw(rows, torch.Generator().manual_seed(3))
-    assert batch.negative.sum() < len(rows) * (len(rows) - 1)  # which are negatives all the same
-    cosines = [nn.functional.normalize(one, dim=1) for one in (batch.anchor, batch.positive)]
-    theirs = TaU(0.1, reference=True)(*cosines, *(step.head.raw(one) for one in (batch.anchor, batch.positive)))
-    torch.testing.assert_close(step(rows, torch.Generator().manual_seed(3)), theirs)
     """Every variant's options are those of a run, and no two variants' are the same."""
     place = Path(tau.__file__).parents[1] / "benchmarks"
     monkeypatch.syspath_prepend(str(place))
@@ -540,27 +636,5 @@ def test_what_cannot_work_is_said_before_it_is_tried(
         return capsys.readouterr().err
 
     assert "fewer than a batch of 64" in refused("--train-images", "70", "--output", "a")
-def test_byols_weights_are_read_as_they_are_distributed(tmp_path: Path, generator: torch.Generator) -> None:
-    """Its file holds the backbone beside other things, as an nn.Sequential of the network's children without the last."""
-    network = timm.create_model("resnet10t", num_classes=0)  # small; a ResNet-50 has the same parts
-    network.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-    children = nn.Sequential(network.conv1, network.bn1, network.act1, network.maxpool)
-    children.extend([network.layer1, network.layer2, network.layer3, network.layer4, network.global_pool])
-    with torch.no_grad():
-        for value in network.state_dict().values():
-            value.copy_(torch.rand(value.shape, generator=generator))
-    file = tmp_path / "resnet50_byol_imagenet2012.pth.tar"
-    torch.save({"online_backbone": children.state_dict(), "target_backbone": {}, "epoch": 3}, file)
-    own = network.state_dict()
-    state = read_checkpoint(file)
-    assert "0.weight" in state
-    for prefix in ("", "online_network.encoder."):
-        found = encoder_weights({prefix + name: value for name, value in state.items()}, network, file)
-        assert found.keys() == {name for name in own if "tracked" not in name}
-        assert all(torch.equal(found[name], own[name]) for name in found)
-    with pytest.raises(BackboneError, match=r"It holds stem\.weight, \.\.\.: convert the names to conv1\.weight"):
-        encoder_weights({"stem.weight": state["0.weight"]}, network, file)
-
-
     worse = refused("--train-images", "100", "--epochs", "1", "--lr", "1e-9", "--check", "--output", "c")
     assert "beside that of random features; expected +0.010 or more" in worse
