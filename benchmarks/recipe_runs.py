@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 
-def carried_out(recipe: str, words: Sequence[str], folder: Path, threads: int | None = None) -> dict[str, Any]:
-    """results.json of a run, whose progress goes to FOLDER.log.
+def carried_out(
+    recipe: str, words: Sequence[str], folder: Path, threads: int | None = None, processes: int = 1
+) -> dict[str, Any]:
+    """results.json of a run by so many processes, whose progress goes to FOLDER.log.
 
     The recipe itself tells whether the folder's run has these options; raises CalledProcessError where it has others.
     """
-    command = [sys.executable, "-m", f"posthoc.recipes.{recipe}", *words, "--output", str(folder)]
+    several = (
+        ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
+    )
+    command = [sys.executable, *several, "-m", f"posthoc.recipes.{recipe}", *words, "--output", str(folder)]
     if (folder / "config.json").exists():
         command.append("--resume")
     environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
