@@ -3,15 +3,18 @@
     python benchmarks/lam.py --data-dir DATA --output outputs/lam
     python benchmarks/lam.py --data-dir DATA --output outputs/lam --preset cifar10 all --seeds 0 1 2
 
-DATA holds FashionMNIST and MNIST (or what the data set of --preset needs). A run that is there is read, not repeated; one that
-was killed goes on; --threads says how many cores it takes. Writes and prints PRESET.md. What stands behind -- goes to the
-recipe: `-- --epochs 2`.
+DATA holds FashionMNIST and MNIST (or what the data set of --preset needs). Two seeds run at a time, on one core each (--jobs,
+--threads). A run that is there is read, not repeated; one that was killed goes on. Writes and prints PRESET.md, with the wall
+clock of all runs together unless some were there already; --wide adds mAP and recall at every depth. What stands behind --
+goes to the recipe: `-- --epochs 2`.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,10 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def table(runs: Sequence[dict[str, Any]]) -> str:
+def table(runs: Sequence[dict[str, Any]], wide: bool = False) -> str:
     """Methods down, figures across."""
     methods = list(runs[0]["methods"])
-    names = columns([run["methods"][method] for run in runs for method in methods])
+    names = columns([run["methods"][method] for run in runs for method in methods], wide)
     lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for method in methods:
         rows = [run["methods"][method] for run in runs]
@@ -41,9 +44,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def differences(runs: Sequence[dict[str, Any]]) -> str:
+def differences(runs: Sequence[dict[str, Any]], wide: bool = False) -> str:
     """Each method less the deterministic embedding of the same seed, in what both have."""
-    names = columns([run["methods"][REFERENCE] for run in runs])
+    names = columns([run["methods"][REFERENCE] for run in runs], wide)
     lines = [f"| less {REFERENCE}, same seed | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for method in runs[0]["methods"]:
         if method != REFERENCE:
@@ -53,31 +56,36 @@ def differences(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of the images")
     parser.add_argument("--output", type=Path, default=Path("outputs/lam"))
     parser.add_argument("--preset", nargs="+", default=["default"], help="of the recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--threads", type=int, help="cores of a run; default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="cores of a run")
+    parser.add_argument("--wide", action="store_true", help="mAP and recall at every depth")
     parser.add_argument("more", nargs="*", help="options of the recipe, behind --")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     name = "-".join(arguments.preset)
-    runs = []
-    for seed in arguments.seeds:
-        words = [
-            "--preset",
-            *arguments.preset,
-            "--data-dir",
-            str(arguments.data_dir),
-            "--seed",
-            str(seed),
-            *arguments.more,
-        ]
-        runs.append(carried_out("lam", words, arguments.output / f"{name}-{seed}", arguments.threads))
+    common = ["--preset", *arguments.preset, "--data-dir", str(arguments.data_dir)]
+    folders = [arguments.output / f"{name}-{seed}" for seed in arguments.seeds]
+    begun = [folder for folder in folders if (folder / "config.json").exists()]
+
+    def one(seed: int, folder: Path) -> dict[str, Any]:
+        return carried_out("lam", [*common, "--seed", str(seed), *arguments.more], folder, arguments.threads)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = list(pool.map(one, arguments.seeds, folders))
     minutes = spread([run["made"]["seconds"] / 60 for run in runs])
-    text = f"{name}, seeds {' '.join(map(str, arguments.seeds))}, {minutes} minutes a run:\n\n{table(runs)}\n\n"
-    text += f"{differences(runs)}\n"
+    text = f"{name}, seeds {' '.join(map(str, arguments.seeds))}, {minutes} minutes a run"
+    if not begun:
+        text += (
+            f", {(time.perf_counter() - start) / 60:.1f} minutes of wall clock in all, {arguments.jobs} runs at a time"
+        )
+        text += f" of {arguments.threads} core(s) each"
+    text += f":\n\n{table(runs, arguments.wide)}\n\n{differences(runs, arguments.wide)}\n"
     replace_file(arguments.output / f"{name}.md", text.encode())
     print(text)
 

@@ -21,6 +21,7 @@ DEPTHS, FIRST = (5, 10, 20), (1, 5, 10, 20)
 NEAR = 25.0
 """Metres to a place that counts as found."""
 MAIN = ("mAP@5", "mAP@10", "recall@1", "vote ECE", "AUSC")
+WIDE = (*(f"mAP@{k}" for k in DEPTHS), *(f"recall@{k}" for k in FIRST), *MAIN[3:])
 Row = dict[str, float]
 
 
@@ -111,12 +112,12 @@ def _votes(samples: torch.Tensor, part: Part, found: Found) -> np.ndarray:
     return retrieval.votes(samples[:, query], part.target[found.query], samples[:, gallery], part.target[found.gallery])
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
-    """The columns of the table: the main ones that are there, and those of each OOD set."""
+def columns(rows: Sequence[Row], wide: bool = False) -> list[str]:
+    """The columns of the table: the main ones that are there (wide: at every depth), and those of each OOD set."""
     known = {name for row in rows for name in row}
     of_sets = (name for name in known if name.startswith("AU") and " " in name)
     others = sorted(of_sets, key=lambda one: (one.split()[1:], one[:5] != "AUROC"))
-    return [*(name for name in MAIN if name in known), *others]
+    return [*(name for name in (WIDE if wide else MAIN) if name in known), *others]
 
 
 def table(rows: Mapping[str, Row]) -> str:

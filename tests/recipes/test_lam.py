@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,3 +178,35 @@ def test_the_papers_configs_are_presets() -> None:
         if config.dataset in ("cub200", "msls"):  # whose online variants have configs of their own
             arccos = config.hessian_miner is not None
             assert online == {"online-arccos-fixed"} if arccos else "online-arccos-fixed" not in online
+
+
+def test_the_benchmark_runs_two_seeds_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On one core each; the wall clock stands there, and with --wide every depth."""
+    monkeypatch.syspath_prepend(str(Path(lam.__file__).parents[1] / "benchmarks"))
+    benchmark = runpy.run_path(str(Path(lam.__file__).parents[1] / "benchmarks/lam.py"))
+    figures = {"mAP@5", "mAP@10", "mAP@20", "recall@1", "recall@5", "recall@10", "recall@20", "vote ECE", "AUSC"}
+    rows = {"deterministic": figures, "hib": {*figures, "AUROC mnist", "AUPR mnist"}}
+    methods = {name: dict.fromkeys(row, 0.5) for name, row in rows.items()}
+    meeting, threads = threading.Barrier(2, timeout=60), []
+
+    def carried_out(recipe: str, words: list[str], folder: Path, cores: int) -> dict[str, Any]:
+        meeting.wait()  # breaks unless two are there
+        threads.append(cores)
+        return {"methods": methods, "made": {"seconds": 90.0}}
+
+    benchmark["main"].__globals__["carried_out"] = carried_out
+    line = ["--data-dir", "data", "--output", str(tmp_path), "--seeds", "0", "1"]
+    benchmark["main"](line)
+    printed = capsys.readouterr().out
+    assert threads == [1, 1]
+    assert "minutes of wall clock in all, 2 runs at a time of 1 core(s) each" in printed
+    assert "| mAP@5 | mAP@10 | recall@1 | vote ECE |" in printed
+    (tmp_path / "default-0").mkdir()
+    (tmp_path / "default-0/config.json").write_text("{}")
+    benchmark["main"]([*line, "--wide"])
+    printed = capsys.readouterr().out
+    assert "wall clock" not in printed, "some of it was done before"
+    columns = "mAP@5 | mAP@10 | mAP@20 | recall@1 | recall@5 | recall@10 | recall@20 | vote ECE | AUSC | AUROC mnist"
+    assert f"| method | {columns} | AUPR mnist |" in printed
