@@ -86,10 +86,15 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(folder: Path, unbro
 
 def test_two_processes_agree_with_one(folder: Path, unbroken: Path) -> None:
     """The contrastive losses are of all processes' images, dropout's masks of global rows, and so is the online curvature."""
-    results_of_two("lam", words(folder, "two"), folder)
+    two = results_of_two("lam", words(folder, "two"), folder)
     for name in metrics(unbroken):
         for one, other in zip(records(unbroken, name), records(folder / "two", name), strict=True):
             assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3), name
+    alone = json.loads((unbroken / "results.json").read_text())
+    for part in ("methods", "reports"):
+        for name, figures in alone[part].items():
+            for figure, value in figures.items():
+                assert two[part][name][figure] == pytest.approx(value, rel=0.02, abs=0.02), (name, figure)
 
 
 def test_reference_is_the_papers_code(folder: Path) -> None:
