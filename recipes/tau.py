@@ -122,7 +122,6 @@ class TauConfig(PretrainingConfig):
         for name in ("dropout", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)} was given; expected a number from 0 to below 1")
-        check_part(self)
         if self.include_positive and self.method != "tau":
             raise OptionError(f"--include-positive is an option of --method tau; {self.method} was given")
         if self.include_positive and self.reference:
@@ -138,7 +137,8 @@ OF_BOTH = (
 
 
 def check_part(config: TauConfig) -> None:
-    """Raises OptionError for options that the part of the recipe which is asked for does not read."""
+    """Raises OptionError for options that the part of the recipe which is asked for does not read: of a whole command line,
+    since presets are laid on one another."""
     other = [one.name for one in fields(config) if getattr(config, one.name) != one.default]
     if config.backbone is None:
         wrong = [name for name in other if name in OF_A_HEAD]
@@ -220,8 +220,10 @@ class Member:
 def run(config: TauConfig) -> None:
     """Pretrain, evaluate and report; or fit a temperature head on a frozen network.
 
-    Raises PosthocError, if asked to check, where linear evaluation is no better than that of random features.
+    Raises OptionError for options that would not be read, and PosthocError, if asked to check, where linear evaluation is no
+    better than that of random features.
     """
+    check_part(config)
     run = Run("tau", config)
     if config.backbone is not None:
         return run_posthoc(config, run)

@@ -534,10 +534,11 @@ def test_the_networks_own_weights_are_found_in_a_pretrainings(generator: torch.G
 def test_every_preset_is_a_config(preset: str) -> None:
     options = tau.PRESETS[preset]
     size = "default" if set(options) & set(tau.OF_A_HEAD) else "paper"
-    network = ["--backbone", "resnet20"] if preset == "labels" else []
-    config = parse("tau", TauConfig, tau.PRESETS, None, ["--preset", size, preset, "--seed", "1337", *network])
+    config = parse("tau", TauConfig, tau.PRESETS, None, ["--preset", size, preset, "--seed", "1337"])
     assert config.seed == 1337
     assert {key: getattr(config, key) for key in options} == options
+    if preset != "labels":  # which is a head's, and names no network
+        tau.check_part(config)
 
 
 @pytest.mark.parametrize(
@@ -554,18 +555,21 @@ def test_every_preset_is_a_config(preset: str) -> None:
 )  # fmt: skip
 def test_a_head_refuses_what_it_would_not_read(words: str, said: str) -> None:
     with pytest.raises(OptionError, match=said):
-        parse("tau", TauConfig, tau.PRESETS, None, ["--preset", "resnet20", *words.split()])
+        tau.check_part(parse("tau", TauConfig, tau.PRESETS, None, ["--preset", "resnet20", *words.split()]))
 
 
 @pytest.mark.parametrize("words", ["--positives labels", "--views 3", "--test-images 5", "--cache-dir x"])
 def test_a_pretraining_refuses_what_it_would_not_read(words: str) -> None:
     with pytest.raises(OptionError, match=f"{words}: options of a head on a frozen network"):
-        parse("tau", TauConfig, tau.PRESETS, None, words.split())
+        tau.check_part(parse("tau", TauConfig, tau.PRESETS, None, words.split()))
 
 
 def test_options_that_both_read_are_no_refusals() -> None:
     words = "--reference --temperature 0.05 --epochs 3 --lr 0.1 --batch-size 64 --train-images 9 --seed 4"
-    assert parse("tau", TauConfig, tau.PRESETS, None, ["--preset", "clip", *words.split()]).temperature == 0.05
+    config = parse("tau", TauConfig, tau.PRESETS, None, ["--preset", "clip", *words.split()])
+    tau.check_part(config)
+    assert (config.temperature, config.batch_size) == (0.05, 64)
+    tau.check_part(parse("tau", TauConfig, tau.PRESETS, None, ["--preset", "labels", "--backbone", "resnet20"]))
     names = {one.name for one in fields(TauConfig)}
     assert names >= {*tau.OF_A_HEAD, *tau.OF_BOTH}
 
@@ -592,6 +596,7 @@ def test_the_benchmarks_runs_are_configs(
 
     def carried_out(recipe: str, options: list[str], folder: Path, processes: int) -> dict[str, Any]:
         seen.append(parse(recipe, TauConfig, tau.PRESETS, None, options))
+        tau.check_part(seen[-1])
         ran.append(processes)
         return {**measured, "made": {"seconds": 60.0}}
 
@@ -621,7 +626,6 @@ def test_what_cannot_work_is_said_before_it_is_tried(
         ({"temperature": 0.0}, r"--temperature 0\.0"),
         ({"passes": 1}, "--passes 1"),
         ({"dropout": 1.0}, r"--dropout 1\.0"),
-        ({"checkpoint": Path("x")}, "name it with --backbone"),
         ({"include_positive": True, "method": "simclr"}, "--include-positive is an option of --method tau"),
         ({"include_positive": True, "reference": True}, "--include-positive and --reference"),
     ):
@@ -635,6 +639,9 @@ def test_what_cannot_work_is_said_before_it_is_tried(
         assert exit.value.code == 2
         return capsys.readouterr().err
 
+    assert "--checkpoint x: options of a head on a frozen network" in refused("--checkpoint", "x", "--output", "b")
+    assert "of a pretraining" in refused("--backbone", "resnet20", "--random-weights", "--output", "b")
+    assert not (folder / "b").exists()
     assert "fewer than a batch of 64" in refused("--train-images", "70", "--output", "a")
     worse = refused("--train-images", "100", "--epochs", "1", "--lr", "1e-9", "--check", "--output", "c")
     assert "beside that of random features; expected +0.010 or more" in worse
