@@ -78,7 +78,7 @@ class SyntheticConfig(RecipeConfig):
     encoder_kappa_high: float = 32.0
     """largest concentration of the encoder at the start"""
     encoder_width: int = 0
-    """width of the encoder's hidden layers; 0: the paper's, 10, 50 and 10 times what a network gives out (six times slower)"""
+    """width of the encoder's hidden layers; 0: the paper's, 10, 50 and 10 times what a network gives out, which is slower"""
     encoder_hidden: int = 6
     """layers between the encoder's first and last"""
     samples: int = 128
