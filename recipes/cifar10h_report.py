@@ -132,10 +132,9 @@ def ambiguity(judged: Judged, scores: Mapping[str, np.ndarray], resamples: int, 
             cells[name].update(row)
     notes = (
         f"{len(judged.rows)} test images in {len(judged.folds)} folds, each scored by a network that has not seen it",
-        f"human_spearman: rank correlation with the votes' entropy, bold above the entropy's (for {TWO_VIEWS}, that of {TWO_VIEWS}) "
-        "beyond the paired interval; crop_spearman: of the score of the image's centre crop with the share cut away, bold above "
-        "1/feature-norm's",
-        f"{TWO_VIEWS}: the mean of log kappa, or of the logits, over the image and its mirror image",
+        "human_spearman: rank correlation with the votes' entropy, bold above the entropy's beyond the paired interval; "
+        "crop_spearman: of the score of the image's centre crop with the share cut away, bold above 1/feature-norm's",
+        f"{TWO_VIEWS}: the mean of log kappa, or of the logits, over the image and its mirror image; compared with that entropy",
     )
     return Table("cifar10h: ambiguity", tuple(dict.fromkeys(metric for metric, *_ in made)), cells, notes)
 
@@ -332,7 +331,15 @@ def _draw_reject(
         name: bootstrap_curve(AccuracyAtCoverage(u[:, 0], hit, kept), resamples=min(resamples, 200), seed=seed)
         for name, u in scores.items()
     }
-    curves(axis, 1 - kept, lines, look, title="Error against reject", xlabel="share rejected", ylabel="recall@1 of the rest")
+    curves(
+        axis,
+        1 - kept,
+        lines,
+        look,
+        title="Error against reject",
+        xlabel="share rejected",
+        ylabel="recall@1 of the rest",
+    )
 
 
 def _draw_sets(axis: Any, rows: list[dict[str, float]]) -> None:
