@@ -1,5 +1,6 @@
 """AnInfoNCE's controlled experiment: latents whose dimensions augmentations change more or less, and who recovers them.
 
+    python -m posthoc.recipes.anisotropic --preset smoke --output runs/smoke        # try this first: under a minute
     accelerate launch -m posthoc.recipes.anisotropic --output runs/bimodal
     accelerate launch -m posthoc.recipes.anisotropic --preset n10 --output runs/n10
     python -m posthoc.recipes.anisotropic --preset images --output runs/images      # see anisotropic_images
@@ -49,45 +50,48 @@ class AnisotropicConfig(RecipeConfig):
     """The options of this recipe."""
 
     dim: int = 4
-    """n, dimensions of the latents and of the embedding"""
+    """dimensions n of latents and embedding: more are harder to recover, and the network is 50 n wide"""
     layout: Layout = "bimodal"
-    """precisions of the positives: highest and lowest half and half, or linearly spaced"""
+    """precisions of the positives: highest and lowest half and half, or evenly spaced between them"""
     lowest: float = 5.0
-    """smallest precision"""
+    """smallest precision: the lower, the more positives differ in that latent"""
     highest: float = 25.0
-    """largest precision"""
+    """largest precision: the higher, the more positives agree in that latent"""
     families: int = 1
-    """families of positives, each with its own layout and its own learned precision (bimodal only)"""
+    """families of positives (bimodal only), each with its own places of the high precisions and its own learned ones:
+    two or more tell latents of one precision apart"""
     sampler: Sampler = "exact"
-    """exact density of the positives, or the paper's shell rejection"""
+    """how positives are drawn: from their exact density, or by the paper's shell rejection, which comes near it"""
     threshold: float = 0.1
-    """half the width of the shell"""
+    """half the width of the shell: thinner ones are nearer to the exact density and slower"""
     mixing_layers: int = 3
-    """linear layers of the network between latents and inputs"""
+    """linear layers of the network between latents and inputs: more bend the latents more"""
     loss: Literal["aninfonce", "infonce"] = "aninfonce"
-    """learned precision for each dimension, or one temperature for all"""
+    """aninfonce learns a precision for each dimension, infonce has one temperature for all"""
     hard_negatives: float = 0.0
-    """beta of AnInfoNCE's weights of negatives; the learned precision is then the true one over 1 + beta"""
+    """beta: AnInfoNCE's negatives are weighted by exp(beta similarity), and precisions come out divided by 1 + beta"""
     temperature: float = 1.0
-    """of infonce, at the start"""
+    """temperature of infonce, at the start: lower ones weigh near negatives more"""
     learn_temperature: bool = True
-    """whether infonce learns its temperature"""
+    """let infonce learn its temperature"""
     standardize: bool = True
-    """whiten the encoder's inputs and begin with embeddings all over the sphere; the paper's code does neither"""
+    """whiten the encoder's inputs and begin with embeddings all over the sphere, which learns faster; the
+    paper's code does neither"""
     reference: bool = False
-    """AnInfoNCE as the paper's code, whose second view's rows have the wrong negatives"""
+    """take AnInfoNCE as in the paper's code, where the second view's rows have the wrong negatives"""
     batch_size: int = 64
-    """positive pairs a step, over all processes; a multiple of 8"""
+    """positive pairs a step over all processes, a multiple of 8: more give each row more negatives"""
     steps: int = 5000
-    """optimiser steps"""
+    """optimiser steps: more bring the precisions nearer to the truth and take as much longer"""
     every: int = 250
-    """steps between two evaluations"""
+    """steps between two evaluations and checkpoints: fewer lose less when a run is killed"""
     lr: float = 5e-3
-    """Adam's learning rate of the encoder"""
+    """learning rate (Adam) of the encoder; lower it where the loss jumps, and for more dimensions"""
     lr_precision: float = 0.05
-    """Adam's learning rate of the precision or the temperature"""
+    """learning rate (Adam) of the precision or the temperature (before softplus or exp): how fast they can move away from
+    their start"""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """of both learning rates; cosine begins with a warm-up of 2 %"""
+    """course of both learning rates: a warm-up of 2 % of the steps and a cosine to 0, or constant"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

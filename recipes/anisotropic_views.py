@@ -17,7 +17,7 @@ from ..adapters.source_arrays import ArraySource
 from ..adapters.training import EpochOrder
 from ..adapters.training_loop import step_generator
 from ..eval.datasets import open_named
-from .augmentations import Augmentation, augment, draw, join
+from .augmentations import Augmentation, Parameters, augment, draw, join
 from .running import row_blocks
 
 BLOCK = 32
@@ -107,9 +107,15 @@ def image_batches(
         chosen, generators = rows(step)
         x = as_floats(images.pixels[chosen], device)
         done = [join([draw(how, BLOCK, shape, g) for g in generators]) for _ in range(2)]
-        return augment(x, done[0]), augment(x, done[1])
+        return _augmented(x, done[0]), _augmented(x, done[1])
 
     return batch
+
+
+def _augmented(images: Tensor, done: Parameters) -> Tensor:
+    """Views of full precision, whatever the training is of: an autocast around them would round crops and colours."""
+    with torch.autocast(images.device.type, enabled=False):
+        return augment(images, done)
 
 
 def feature_batches(features: Tensor, batch_size: int, seed: int, launch: Launch) -> Batch:
@@ -135,7 +141,7 @@ def image_part(images: Images, how: Augmentation, seed: int, stream: int, device
     ]
 
     def view() -> Iterator[Tensor]:
-        return (augment(x, one) for x, one in zip(images.chunks(device), done, strict=True))
+        return (_augmented(x, one) for x, one in zip(images.chunks(device), done, strict=True))
 
     return Part(lambda: images.chunks(device), view, images.label, join(done).table())
 
