@@ -5,11 +5,11 @@
     accelerate launch -m posthoc.recipes.anisotropic --preset images infonce --data-dir DATA --output runs/infonce
     python -m posthoc.recipes.anisotropic_images --preset post-hoc --data-dir DATA --output runs/projection
 
-A run takes about 90 s of one core (3 to 6 minutes of the crowded machine it was measured on); post-hoc 26 s, and some five
-minutes once for the features of the frozen network's 54,000 images and views. To expect of post-hoc, over three seeds: the
-projection tells 15.8 % of what the augmentation did (mean R^2) with AnInfoNCE, 7.9 % with InfoNCE, and 13.3 % with InfoNCE
-that learns its temperature; the class readout is 90.3, 90.8 and 90.4 %. A network trained here for so short a time (class
-readout 34 % before, 42 % after) shows no difference between the losses beyond the spread over seeds.
+A run takes about 90 s of one core (3 to 6 minutes of a crowded one); post-hoc 30 s, and two minutes once for the features of the
+frozen network's 54,000 images and views. To expect of post-hoc, over three seeds: the projection tells 15.4 % of what the
+augmentation did (mean R^2) with AnInfoNCE, 7.3 % with InfoNCE, and 12.6 % with InfoNCE that learns its temperature; the class
+readout is 90.3, 90.6 and 90.4 %. A network trained here for so short a time (class readout 34 % before, 42 % after) shows no
+difference between the losses beyond the spread over seeds.
 """
 
 from __future__ import annotations
