@@ -34,7 +34,6 @@ from posthoc.recipes.encoders import mlp
 RUNS = {
     "default": "",
     "linear": "--preset linear",
-    "linear-fast": "--preset linear --lr-precision 0.2",
     "smoke": "--preset smoke",
     "infonce": "--preset infonce --steps 2000",
     "infonce-linear": "--preset infonce linear --steps 2000",

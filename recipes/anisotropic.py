@@ -7,9 +7,8 @@
 
 Preset `default` takes about 70 s of one core (3 to 11 minutes of a crowded one), 0.9 GB of memory; `--preset n10 --steps 30000`
 28 minutes of one core. To expect with seed 0, on latents that nothing was fitted on: R^2 .998, and for precisions of 5, 5, 25,
-25 (MCC .97: latents of one precision may come out turned) 5.2, 5.3, 23.6, 23.7; `--preset linear`: R^2 .998, MCC .91, and 5.1,
-12.4, 20.4, 21.1 for 5, 11.7, 18.3, 25, the last two still turned into each other, with --lr-precision 0.2 4.8, 12.2, 18.8,
-24.7 (MCC .999); n10 in 30,000 steps: R^2 .997, MCC .63, and 5.5 and 22.8 to 23.0 for 5 and 25.
+25 (MCC .90: latents of one precision may come out turned) 5.0, 5.1, 25.1, 25.2; `--preset linear`: R^2 .998, MCC .999, and 4.8,
+12.2, 18.8, 24.7 for 5, 11.7, 18.3, 25; n10 in 30,000 steps: R^2 .997, MCC .63, and 5.5 and 22.8 to 23.0 for 5 and 25.
 """
 
 from __future__ import annotations
@@ -88,16 +87,18 @@ class AnisotropicConfig(RecipeConfig):
     """steps between two evaluations and checkpoints: fewer lose less when a run is killed"""
     lr: float = 5e-3
     """learning rate (Adam) of the encoder; lower it where the loss jumps, and for more dimensions"""
-    lr_precision: float = 0.05
-    """learning rate (Adam) of the precision or the temperature (before softplus or exp): how fast they can move away from
-    their start"""
+    lr_precision: float | None = None
+    """learning rate (Adam) of the precision, or of the temperature, before softplus or exp: how fast they can move away from
+    their start; None: 0.2 of a precision, 0.05 of a temperature, which runs away at more"""
     schedule: Literal["cosine", "constant"] = "cosine"
     """course of both learning rates: a warm-up of 2 % of the steps and a cosine to 0, or constant"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "steps", "every", "mixing_layers")
-        check_positive(self, "lr", "lr_precision", "temperature")
+        check_positive(self, "lr", "temperature")
+        if self.lr_precision is not None:
+            check_positive(self, "lr_precision")
         if self.loss == "infonce" and (self.hard_negatives or self.reference or self.families > 1):
             raise OptionError("--loss infonce has no --hard-negatives, --reference or --families: they are AnInfoNCE's")
         if self.families > 1 and self.reference:
@@ -110,7 +111,7 @@ PRESETS: dict[str, Preset] = {
     "default": {},
     "bimodal": {"layout": "bimodal"},
     "linear": {"layout": "linear"},
-    "n10": {"dim": 10, "batch_size": 256, "steps": 6000, "lr": 1e-3},
+    "n10": {"dim": 10, "batch_size": 256, "steps": 6000, "lr": 1e-3, "lr_precision": 0.05},
     "paper": {
         "dim": 10, "sampler": "shell", "standardize": False, "reference": True, "batch_size": 1000, "steps": 300_003, "lr": 1e-4,
         "lr_precision": 1e-3, "schedule": "constant",
@@ -216,10 +217,11 @@ def run(config: AnisotropicConfig) -> None:
     if config.standardize:
         start = uniform_directions(JUDGED, config.dim, step_generator(config.seed, START))
         module.standardize(network(start.float()))
+    lr_loss = config.lr_precision or (0.05 if config.loss == "infonce" else 0.2)
     optimizer = torch.optim.Adam(
         [
             {"params": [p for p in module.encoder.parameters() if p.requires_grad], "lr": config.lr},
-            {"params": module.loss.parameters(), "lr": config.lr_precision},
+            {"params": module.loss.parameters(), "lr": lr_loss},
         ]
     )
     batch(0)
