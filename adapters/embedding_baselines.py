@@ -111,6 +111,8 @@ class SharedDropout(nn.Module):
 class Deterministic(nn.Module):
     """The trained embedding alone: no spread, and an uncertainty of 0 for every image."""
 
+    network: nn.Module
+
     def fit(self, data: EmbeddingData) -> dict[str, Any]:
         self.network, report = data.train_network("deterministic")
         return report

@@ -1,10 +1,11 @@
 """The tables of the recipe `anisotropic`: what its runs reach, what the loss alone would reach, and steps per second.
 
     python benchmarks/anisotropic.py --output outputs/anisotropic >tables.md
-    python benchmarks/anisotropic.py --output outputs/anisotropic --only speed
+    python benchmarks/anisotropic.py --output outputs/anisotropic --runs default linear --seeds 0 1 2 3 4
+    python benchmarks/anisotropic.py --only speed
 
-A run that is in --output is not computed again, and one that was stopped goes on. The runs of four dimensions take a few
-minutes each on one core, n10 a quarter of an hour, the other tables two minutes each.
+A run that is in --output is not computed again, and one that was stopped goes on. The runs of four dimensions take one to four
+minutes each on one core, n10 half an hour, n10-linear a few minutes, the other tables up to two minutes each.
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from recipe_runs import carried_out
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,61 +31,96 @@ from posthoc.recipes.anisotropic import AnisotropicConfig, Contrast
 from posthoc.recipes.anisotropic_process import AHEAD, Conditional, Pairs, mixing, precisions, uniform_directions
 from posthoc.recipes.encoders import mlp
 
-RUNS = (
-    "default", "linear", "infonce", "infonce linear", "hard-negatives", "ensemble", "shell", "n10", "n10 linear",
-)  # fmt: skip
-TABLES = ("runs", "loss", "speed")
+RUNS = {
+    "default": "",
+    "linear": "--preset linear",
+    "smoke": "--preset smoke",
+    "infonce": "--preset infonce --steps 2000",
+    "infonce-linear": "--preset infonce linear --steps 2000",
+    "hard-negatives": "--preset hard-negatives --steps 2000",
+    "ensemble": "--preset ensemble --steps 2000",
+    "shell": "--preset shell",
+    "n10": "--preset n10 --steps 30000 --every 1000",
+    "n10-linear": "--preset n10 linear",
+}
+"""Runs by name, which is also that of the folder, and their words on the command line."""
+LONG = ("n10", "n10-linear")
+"""Runs of the first seed only."""
+MILESTONES = (6000, 10_000, 20_000, 30_000)
+"""Steps of the run n10 that stand beside the reference's logs."""
+TABLES = ("runs", "loss", "sampling", "speed")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/anisotropic"))
-    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES)
-    parser.add_argument("--runs", nargs="+", default=RUNS, help="presets of each run, several as one word in quotes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("outputs/anisotropic"), help="folder of the runs")
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="tables to make")
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="rows of the first table")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="the n10 runs take the first alone")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run and of the timing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if "runs" in arguments.only:
-        runs(arguments.output, arguments.runs, arguments.seeds)
+        runs(arguments.output, arguments.runs, arguments.seeds, arguments.threads)
     if "loss" in arguments.only:
         loss_alone()
+    if "sampling" in arguments.only:
+        sampling()
     if "speed" in arguments.only:
         speed()
 
 
-def runs(output: Path, presets: list[str], seeds: list[int]) -> None:
-    print(
-        "| presets | seed | steps | seconds | R² held out | R² in-sample | MCC | Lambda learned | Lambda expected | worst |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for words in presets:
-        for seed in seeds:
-            folder = output / words.replace(" ", "+") / str(seed)
-            if not (folder / "results.json").exists():
-                command = ["-m", "posthoc.recipes.anisotropic", "--preset", *words.split(), "--seed", str(seed)]
-                command += ["--output", str(folder), "--resume"]
-                subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr)
-            print(row(words, json.loads((folder / "results.json").read_text())), flush=True)
+def runs(output: Path, names: Sequence[str], seeds: Sequence[int], threads: int) -> None:
+    """The first table, a row as soon as its runs are there; then the run n10 on its way, and the time of all of them."""
+    heads = "run,seeds,steps,s,R² held out,R² in-sample,MCC,Lambda learned,true,worst"
+    print(f"| {heads.replace(',', ' | ')} |" + "\n|" + "---|" * len(heads.split(",")))
+    spent: list[float] = []
+    for name in names:
+        found = []
+        for seed in seeds[:1] if name in LONG else seeds:
+            words = [*RUNS[name].split(), "--seed", str(seed)]
+            found.append(carried_out("anisotropic", words, output / f"{name}-{seed}", threads))
+        spent += [one["made"]["seconds"] for one in found]
+        print(row(RUNS[name] or name, found), flush=True)
+    if "n10" in names:
+        milestones(output / f"n10-{seeds[0]}" / "train" / "metrics.jsonl")
+    print(f"\n{len(spent)} runs, {sum(spent) / 60:.0f} minutes in all")
 
 
-def row(words: str, found: dict[str, Any]) -> str:
-    config, latents, precision = found["config"], found["latents"], found["precision"]
-    scores = (f"{latents[name]['mean']:.4f}" for name in ("r2_held_out", "r2", "mcc"))
+def row(name: str, found: list[dict[str, Any]]) -> str:
+    """Means and standard deviations over the seeds; the precisions, in their order, are means, the error is the worst."""
+    config, precision = found[0]["config"], [one["precision"] for one in found]
+    scores = (spread([one["latents"][score]["mean"] for one in found]) for score in ("r2_held_out", "r2", "mcc"))
+    learned = np.mean([one["learned"] for one in precision], 0)
     numbers = (
-        "; ".join(" ".join(f"{v:.1f}" for v in line) for line in precision[name]) for name in ("learned", "expected")
+        "; ".join(" ".join(f"{v:.1f}" for v in line) for line in each) for each in (learned, precision[0]["expected"])
     )
-    seconds = f"{config['steps'] / found['steps_per_second']:.0f}"
     cells = [
-        words,
-        config["seed"],
+        name,
+        " ".join(str(one["config"]["seed"]) for one in found),
         config["steps"],
-        seconds,
+        f"{np.mean([config['steps'] / one['steps_per_second'] for one in found]):.0f}",
         *scores,
         *numbers,
-        f"{precision['worst_relative_error']:.1%}",
+        # infonce has one temperature: there is no error of each dimension's
+        "" if config["loss"] == "infonce" else f"{max(one['worst_relative_error'] for one in precision):.1%}",
     ]
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of several, standard deviation."""
+    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
+
+
+def milestones(metrics: Path) -> None:
+    """A run on its way, by the 4,096 latents of its evaluations."""
+    print("\n| step | R² in-sample | R² held out | MCC | Lambda learned |\n|---|---|---|---|---|")
+    for record in map(json.loads, metrics.read_text().splitlines()):
+        if record["step"] in MILESTONES:
+            learned = sorted(value for key, value in record.items() if key.startswith("precision_0_"))
+            scores = " | ".join(f"{record[name]:.4f}" for name in ("r2", "r2_held_out", "mcc"))
+            print(f"| {record['step']} | {scores} | {' '.join(f'{v:.1f}' for v in learned)} |")
 
 
 def loss_alone(rows: int = 256, steps: int = 700) -> None:
@@ -111,6 +146,23 @@ def loss_alone(rows: int = 256, steps: int = 700) -> None:
         learned = " ".join(f"{v:.2f}" for v in loss.precision.sort().values.tolist())
         form = "paper's code" if reference else "symmetric"
         print(f"| {n} | {layout} | {sampler} | {beta:g} | {form} | {learned} |", flush=True)
+
+
+def sampling(rows: int = 32_000) -> None:
+    """Share of proposals that are kept, and CPU microseconds of a positive, after a first draw of as many."""
+    print("\n| n | Lambda | exact | shell (threshold .1) |\n|---|---|---|---|")
+    for n in (4, 10):
+        for layout in ("bimodal", "linear"):
+            cells = []
+            for sampler in ("exact", "shell"):
+                conditional = Conditional(precisions(layout, n, 5.0, 25.0)[0], sampler)
+                generator = torch.Generator().manual_seed(0)
+                z = uniform_directions(rows, n, generator)
+                conditional.sample(z, generator)
+                start = time.process_time()
+                conditional.sample(z, generator)
+                cells.append(f"{conditional.acceptance:.3f}, {1e6 * (time.process_time() - start) / rows:.1f} µs")
+            print(f"| {n} | {layout} | {' | '.join(cells)} |", flush=True)
 
 
 class PlainLoss(nn.Module):

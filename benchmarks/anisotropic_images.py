@@ -1,6 +1,7 @@
 """InfoNCE against AnInfoNCE on images: readouts of class and augmentation, mean and spread over seeds.
 
     python benchmarks/anisotropic_images.py --data DATA --output outputs/anisotropic_images
+    python benchmarks/anisotropic_images.py --data DATA --only "post-hoc InfoNCE" "post-hoc AnInfoNCE"
 
 DATA is where `shared/data/get_data.py` has put CIFAR-10, and where cifar10_resnet20.safetensors lies (or give --checkpoint). A
 run that is there is not computed again.
@@ -71,19 +72,20 @@ def gains(found: dict[str, list[dict[str, Any]]], one: str, other: str) -> str:
     return f"{other} less {one}, same seed: " + "; ".join(lines)
 
 
-def draw(path: Path, found: dict[str, list[dict[str, Any]]], names: list[str]) -> None:
-    """Means over seeds of what can be read from the projection."""
+def draw(path: Path, found: dict[str, list[dict[str, Any]]], names: list[str], reference: str) -> None:
+    """What can be read from the projections, means and standard deviations over seeds, beside the level `reference`."""
     columns = [name for name in found[names[0]][0]["readouts"]["projection"] if name != "augmentation"]
-    means = {
-        name.removeprefix("post-hoc "): [
-            float(np.mean([one["readouts"]["projection"][column] for one in found[name]])) for column in columns
-        ]
-        for name in names
-    }
+    levels = {reference: [one["readouts"][reference] for one in found[names[0]]]}
+    for name in names:
+        levels[name.removeprefix("post-hoc ")] = [one["readouts"]["projection"] for one in found[name]]
+    values = {row: np.array([[one[column] for column in columns] for one in runs]) for row, runs in levels.items()}
+    means = {row: one.mean(0).tolist() for row, one in values.items()}
+    several = len(found[names[0]]) > 1
+    errors = {row: one.std(0, ddof=1).tolist() for row, one in values.items()} if several else None
     with page(path, 8.4, 3.8) as figure:
         axis = figure.subplots()
-        bars(axis, means, columns)
-        axis.set(title="Read from the projection", ylabel="accuracy or R², %")
+        bars(axis, means, columns, errors, reference)
+        axis.set(title=f"Read from the projection; grey: from the {reference}", ylabel="accuracy or R², %")
         legend(figure, axis, 4)
 
 
@@ -91,9 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10 and of ResNet-20's weights")
     parser.add_argument("--checkpoint", type=Path, help="ResNet-20's weights, if they lie elsewhere")
-    parser.add_argument("--output", type=Path, default=Path("outputs/anisotropic_images"))
+    parser.add_argument("--output", type=Path, default=Path("outputs/anisotropic_images"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="variants to run")
     arguments = parser.parse_args()
     common = ["--data-dir", str(arguments.data)]
     common += ["--checkpoint", str(arguments.checkpoint)] if arguments.checkpoint else []
@@ -106,10 +108,11 @@ def main() -> None:
         names = [name for name in found if name.startswith("post-hoc") == post_hoc]
         if not names:
             continue
-        seconds = spread(one["made"]["seconds"] / 60 for name in names for one in found[name])
-        print(f"{kind}, {len(arguments.seeds)} seeds, {seconds} minutes a run:\n")
+        minutes = [one["made"]["seconds"] / 60 for name in names for one in found[name]]
+        print(f"{kind}, {len(arguments.seeds)} seeds, {spread(minutes)} minutes a run, {sum(minutes):.0f} in all:\n")
         print("\n".join(table(found, names)) + "\n")
-        draw(arguments.output / f"{'post_hoc' if post_hoc else 'trained'}.png", found, names)
+        file, reference = ("post_hoc.png", "backbone") if post_hoc else ("trained.png", "untrained projection")
+        draw(arguments.output / file, found, names, reference)
         for reference in names[:-1]:
             print(gains(found, reference, names[-1]) + "\n")
 

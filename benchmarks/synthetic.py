@@ -26,11 +26,12 @@ COLUMNS = {
     "proxy_spearman": "paper's proxy, rank corr.",
     "kappa_ratio": "kappa / true, median",
     "coverage": "coverage of 95 % caps",
+    "coverage_of_the_true_posteriors": "the same of the true posteriors",
 }
 SEEDS, SAMPLER_SEEDS = (4, 5, 6, 7, 8), (4, 5, 6)
 _DIMENSIONS = "--input-dim {d} --latent-dim {d} --encoder-dim {d} --steps 4000 --kappa-steps 1500"
 SAMPLERS = {
-    "both exact": "",
+    "both exact": "--no-antithetic",  # the paper's sampler has independent draws
     "paper's in the loss": "--reference",
     "paper's in process and loss": "--sampler paper --reference",
 }

@@ -1,13 +1,14 @@
 """AnInfoNCE's controlled experiment: latents whose dimensions augmentations change more or less, and who recovers them.
 
+    python -m posthoc.recipes.anisotropic --preset smoke --output runs/smoke        # try this first: under a minute
     accelerate launch -m posthoc.recipes.anisotropic --output runs/bimodal
     accelerate launch -m posthoc.recipes.anisotropic --preset n10 --output runs/n10
     python -m posthoc.recipes.anisotropic --preset images --output runs/images      # see anisotropic_images
 
-Preset `default` took 112 to 153 s on one core of a machine that others were using (33 to 46 steps a second), 0.9 GB of
-memory. To expect with seed 0, on latents that nothing was fitted on: R^2 .998, and for precisions of 5, 5, 25, 25 (MCC .86:
-latents of one precision may come out turned) 5.2, 5.3, 23.1, 24.6; `--preset linear`: R^2 .998, MCC .999, and 5.2, 12.1,
-18.0, 24.1 for 5, 11.7, 18.3, 25.
+Preset `default` takes about 70 s of one core (3 to 11 minutes of a crowded one), 0.9 GB of memory; `--preset n10 --steps 30000`
+28 minutes of one core. To expect with seed 0, on latents that nothing was fitted on: R^2 .998, and for precisions of 5, 5, 25,
+25 (MCC .90: latents of one precision may come out turned) 5.0, 5.1, 25.1, 25.2; `--preset linear`: R^2 .998, MCC .999, and 4.8,
+12.2, 18.8, 24.7 for 5, 11.7, 18.3, 25; n10 in 30,000 steps: R^2 .997, MCC .63, and 5.5 and 22.8 to 23.0 for 5 and 25.
 """
 
 from __future__ import annotations
@@ -49,50 +50,55 @@ class AnisotropicConfig(RecipeConfig):
     """The options of this recipe."""
 
     dim: int = 4
-    """n, dimensions of the latents and of the embedding"""
+    """dimensions n of latents and embedding: more are harder to recover, and the network is 50 n wide"""
     layout: Layout = "bimodal"
-    """precisions of the positives: highest and lowest half and half, or linearly spaced"""
+    """precisions of the positives: highest and lowest half and half, or evenly spaced between them"""
     lowest: float = 5.0
-    """smallest precision"""
+    """smallest precision: the lower, the more positives differ in that latent"""
     highest: float = 25.0
-    """largest precision"""
+    """largest precision: the higher, the more positives agree in that latent"""
     families: int = 1
-    """families of positives, each with its own layout and its own learned precision (bimodal only)"""
+    """families of positives (bimodal only), each with its own places of the high precisions and its own learned ones:
+    two or more tell latents of one precision apart"""
     sampler: Sampler = "exact"
-    """exact density of the positives, or the paper's shell rejection"""
+    """how positives are drawn: from their exact density, or by the paper's shell rejection, which comes near it"""
     threshold: float = 0.1
-    """half the width of the shell"""
+    """half the width of the shell: thinner ones are nearer to the exact density and slower"""
     mixing_layers: int = 3
-    """linear layers of the network between latents and inputs"""
+    """linear layers of the network between latents and inputs: more bend the latents more"""
     loss: Literal["aninfonce", "infonce"] = "aninfonce"
-    """learned precision for each dimension, or one temperature for all"""
+    """aninfonce learns a precision for each dimension, infonce has one temperature for all"""
     hard_negatives: float = 0.0
-    """beta of AnInfoNCE's weights of negatives; the learned precision is then the true one over 1 + beta"""
+    """beta: AnInfoNCE's negatives are weighted by exp(beta similarity), and precisions come out divided by 1 + beta"""
     temperature: float = 1.0
-    """of infonce, at the start"""
+    """temperature of infonce, at the start: lower ones weigh near negatives more"""
     learn_temperature: bool = True
-    """whether infonce learns its temperature"""
+    """let infonce learn its temperature"""
     standardize: bool = True
-    """whiten the encoder's inputs and begin with embeddings all over the sphere; the paper's code does neither"""
+    """whiten the encoder's inputs and begin with embeddings all over the sphere, which learns faster; the
+    paper's code does neither"""
     reference: bool = False
-    """AnInfoNCE as the paper's code, whose second view's rows have the wrong negatives"""
+    """take AnInfoNCE as in the paper's code, where the second view's rows have the wrong negatives"""
     batch_size: int = 64
-    """positive pairs a step, over all processes; a multiple of 8"""
+    """positive pairs a step over all processes, a multiple of 8: more give each row more negatives"""
     steps: int = 5000
-    """optimiser steps"""
+    """optimiser steps: more bring the precisions nearer to the truth and take as much longer"""
     every: int = 250
-    """steps between two evaluations"""
+    """steps between two evaluations and checkpoints: fewer lose less when a run is killed"""
     lr: float = 5e-3
-    """Adam's learning rate of the encoder"""
-    lr_precision: float = 0.05
-    """Adam's learning rate of the precision or the temperature"""
+    """learning rate (Adam) of the encoder; lower it where the loss jumps, and for more dimensions"""
+    lr_precision: float | None = None
+    """learning rate (Adam) of the precision, or of the temperature, before softplus or exp: how fast they can move away from
+    their start; None: 0.2 of a precision, 0.05 of a temperature, which runs away at more"""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """of both learning rates; cosine begins with a warm-up of 2 %"""
+    """course of both learning rates: a warm-up of 2 % of the steps and a cosine to 0, or constant"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "steps", "every", "mixing_layers")
-        check_positive(self, "lr", "lr_precision", "temperature")
+        check_positive(self, "lr", "temperature")
+        if self.lr_precision is not None:
+            check_positive(self, "lr_precision")
         if self.loss == "infonce" and (self.hard_negatives or self.reference or self.families > 1):
             raise OptionError("--loss infonce has no --hard-negatives, --reference or --families: they are AnInfoNCE's")
         if self.families > 1 and self.reference:
@@ -105,7 +111,7 @@ PRESETS: dict[str, Preset] = {
     "default": {},
     "bimodal": {"layout": "bimodal"},
     "linear": {"layout": "linear"},
-    "n10": {"dim": 10, "batch_size": 256, "steps": 6000, "lr": 1e-3},
+    "n10": {"dim": 10, "batch_size": 256, "steps": 6000, "lr": 1e-3, "lr_precision": 0.05},
     "paper": {
         "dim": 10, "sampler": "shell", "standardize": False, "reference": True, "batch_size": 1000, "steps": 300_003, "lr": 1e-4,
         "lr_precision": 1e-3, "schedule": "constant",
@@ -211,10 +217,11 @@ def run(config: AnisotropicConfig) -> None:
     if config.standardize:
         start = uniform_directions(JUDGED, config.dim, step_generator(config.seed, START))
         module.standardize(network(start.float()))
+    lr_loss = config.lr_precision or (0.05 if config.loss == "infonce" else 0.2)
     optimizer = torch.optim.Adam(
         [
             {"params": [p for p in module.encoder.parameters() if p.requires_grad], "lr": config.lr},
-            {"params": module.loss.parameters(), "lr": config.lr_precision},
+            {"params": module.loss.parameters(), "lr": lr_loss},
         ]
     )
     batch(0)

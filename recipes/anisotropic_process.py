@@ -234,7 +234,8 @@ class Pairs:
             for conditional in self.conditionals:
                 z = uniform_directions(rows, len(conditional.precision), generator)
                 parts.append(torch.stack([z, conditional.sample(z, generator)]).view(2, AHEAD, self.each, -1))
-        seen = self.network(torch.stack(parts).float())
+        with torch.autocast("cpu", enabled=False):  # the data are of full precision whatever the training is of
+            seen = self.network(torch.stack(parts).float())
         seen = seen.unflatten(0, (len(self.blocks), families))  # [blocks, families, 2, AHEAD, each, n]
         return seen.permute(3, 2, 0, 4, 1, 5).flatten(2, 3)
 

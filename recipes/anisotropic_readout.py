@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ..eval.identifiability import linear_r2_each
-from ..eval.plots import COLOURS, FAINT, legend, page
+from ..eval.plots import COLOURS, FAINT, GREYS, legend, page
 from ..eval.probes import linear_probe, top_k_accuracy
 
 Figures = dict[str, float]
@@ -82,12 +83,21 @@ def draw(
         right.set(title="Precision of each dimension", xlabel="dimension, in this order", ylim=(0, None))
 
 
-def bars(axis: Any, rows: Mapping[str, Sequence[float]], names: Sequence[str]) -> None:
-    """A group of bars for each name, one for each row."""
+def bars(
+    axis: Any,
+    rows: Mapping[str, Sequence[float]],
+    names: Sequence[str],
+    errors: Mapping[str, Sequence[float]] | None = None,
+    reference: str | None = None,
+) -> None:
+    """A group of bars for each name, one for each row, with its errors if there are; that of the row `reference` is grey."""
     width = 0.8 / len(rows)
+    colours = cycle(COLOURS)
     for i, (row, values) in enumerate(rows.items()):
         place = np.arange(len(names)) + (i - (len(rows) - 1) / 2) * width
-        axis.bar(place, values, width, color=COLOURS[i % len(COLOURS)], label=row)
+        error = None if errors is None else errors[row]
+        colour = GREYS[-1] if row == reference else next(colours)
+        axis.bar(place, values, width, color=colour, label=row, yerr=error, capsize=2, error_kw={"elinewidth": 1.0})
     axis.axhline(0.0, color=FAINT)
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axis.grid(axis="x", visible=False)

@@ -21,7 +21,7 @@ def draw(folder: Path, records: Sequence[Record], learned: Tensor, expected: Ten
             line = [record[name] for record in records]
             scores.plot(steps, line, color=COLOURS[i], linestyle=("-", DASHES[0])[i], label=word)
         scores.set(title="Latents recovered", xlabel="step", ylim=(None, 1.0))
-        scores.legend(loc="lower right")
+        scores.legend()  # where there is room: MCC may lie far below or close to R²
         for k, truth in enumerate(expected.sort().values):
             colour, dash = COLOURS[k % 6], ("-", *DASHES)[k % 7]
             for value in truth.unique().tolist():

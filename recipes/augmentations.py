@@ -168,6 +168,11 @@ def augment(images: Tensor, done: Parameters, size: tuple[int, int] | None = Non
     """
     if tuple(images.shape) != (len(done), *done.shape):
         raise OptionError(f"parameters of {len(done)} images {done.shape} were given, and images {tuple(images.shape)}")
+    with torch.autocast(images.device.type, enabled=False):  # an autocast around it would round crops and colours
+        return _augmented(images, done, size)
+
+
+def _augmented(images: Tensor, done: Parameters, size: tuple[int, int] | None) -> Tensor:
     views = _crop(images, done, size or (images.shape[2], images.shape[3]))
     if bool(done.turn.any()):
         views = _turned(views, done.turn.to(views))

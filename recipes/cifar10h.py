@@ -21,6 +21,7 @@ from torch import nn
 from ..adapters.backbone import Backbone
 from ..adapters.errors import OptionError, PosthocError
 from ..adapters.features import Features
+from ..adapters.losses.elk import PAPER_FIT
 from ..eval.datasets import default_data_dir
 from .cifar10h_data import (
     SETS,
@@ -73,7 +74,7 @@ class Cifar10HConfig(RecipeConfig):
     download: bool = False
     """let torchvision fetch CIFAR-10 into --data-dir"""
     rows: int | None = None
-    """only the first so many test images"""
+    """only the first so many test images, for a quick try"""
     variant: Literal["finetune", "posthoc"] = "finetune"
     """train the whole network, or on its stored features"""
     backbone: str = "resnet20"
@@ -85,28 +86,31 @@ class Cifar10HConfig(RecipeConfig):
     train_on: Labels = "soft"
     """soft: the votes; hard: the most frequent vote; train-hard: CIFAR-10's own training images and labels"""
     loss: Literal["mcinfonce", "elk", "hib", "soft-cross-entropy"] = "elk"
-    """of posteriors; soft-cross-entropy trains the classifier, whose entropy is then the score"""
+    """what posteriors are trained by; soft-cross-entropy trains the classifier instead, whose entropy is then the score"""
     parametrization: Parametrization = "network"
     """kappa from a small network on the features, or from the embedding's norm (the paper)"""
     dim: int = 10
-    """of the embedding"""
+    """dimensions of the embedding: about as many as there are classes; fewer hold them apart less well"""
     kappa: float = 8.0
-    """of the posteriors before training"""
+    """concentration of the posteriors before training; change it to what training ends at where that is far away"""
     concentration: float = 1.0
-    """inverse temperature of mcinfonce, which needs about 16; power of elk's kernel, of which 1 is the likelihood it is"""
+    """inverse temperature of mcinfonce, which needs about 16; power of elk's kernel: 1 is the likelihood it is, 2 makes kappas
+    smaller, .5 larger"""
     hib_scale: float = 2.0
-    """a of hib"""
+    """a of hib, P(match) = sigmoid(a cosine + b): how steeply a match depends on the angle; the preset hib has 8, the paper 2"""
     hib_shift: float = 1.0
-    """b of hib"""
+    """b of hib, the log odds of a match at a right angle: lower where most pairs are no match; the preset hib has -2"""
     learnable: bool = False
-    """whether the loss's own numbers are trained too"""
+    """whether the loss's own numbers (--concentration, or a and b of hib) are trained too"""
     pairs: Literal["all", "drawn"] = "all"
     """all: every two rows of a block, by the probability that both show one class (elk only); drawn: a positive for each
     anchor, and negatives of it (the paper)"""
     samples: int = 32
-    """Monte-Carlo samples of each posterior"""
+    """Monte-Carlo samples of each posterior: more of them, less noise and more time (mcinfonce and hib)"""
+    antithetic: bool = True
+    """mirrored draws: those samples come in opposite pairs, for less noise (not with --reference)"""
     negatives: int = 32
-    """drawn for each anchor, out of its block; 0: the positives rolled by one row"""
+    """negatives drawn for each anchor, out of its block: more of them, less noise and more time; 0: positives rolled by a row"""
     symmetric: bool = True
     """also the loss of each drawn pair turned round"""
     centred: bool = True
@@ -114,40 +118,43 @@ class Cifar10HConfig(RecipeConfig):
     reference: bool = False
     """the losses as in the paper's code, with its sampler or its fitted normaliser"""
     head_steps: int = 500
-    """of the optimiser on stored features, before the whole network trains (finetune of a trained backbone only)"""
+    """steps of the head alone, on stored features, before the whole network trains (finetune of a trained backbone only); they
+    are cheap: more of them leave the whole network less to do"""
     steps: int = 300
-    """of the optimiser, in each fold"""
+    """steps of the optimiser in each fold, where most of the time goes; more while validation figures still rise"""
     every: int = 100
-    """steps between evaluations and checkpoints"""
+    """steps between evaluations and checkpoints; fewer lose less to a kill and choose more finely, each costs a validation"""
     batch_size: int = 128
-    """anchors of a step, over all processes; each has a positive beside it where pairs are drawn"""
+    """anchors of a step, over all processes, a multiple of --block for each; fewer need less memory. Where pairs are drawn,
+    each anchor has a positive beside it"""
     block: int = 64
-    """rows that are paired with each other, or are each other's negatives; a process takes whole blocks"""
+    """rows that are paired with each other, or are each other's negatives: a larger block has more pairs, but fewer processes
+    can share a batch"""
     lr: float = 5e-4
-    """of AdamW, for the backbone, which posthoc leaves as it is"""
+    """learning rate of AdamW for the backbone, which posthoc leaves as it is; lower where recall falls while it trains"""
     head_lr: float | None = 3e-3
-    """for all else; None: as --lr"""
+    """learning rate for all else, which begins from nothing and bears more; None: as --lr"""
     weight_decay: float = 0.01
-    """of AdamW"""
+    """how strongly AdamW pulls weights to 0; more where validation figures fall while the training loss does too"""
     warmup: float = 0.1
-    """share of the steps in which a cosine's learning rate rises"""
+    """share of the steps in which a cosine's learning rate rises; more where the first steps diverge"""
     schedule: Literal["cosine", "halved"] = "cosine"
     """halved: constant, half of it in the second half of the steps (the paper)"""
     phases: Literal[0, 1] = 0
     """1: in the first half of the steps kappa gets no gradient and negatives are rolled (the paper)"""
     clip: float | None = 1.0
-    """largest norm of the gradient"""
+    """longest gradient of a step, longer ones are cut to it; lower where the loss jumps, None: never cut"""
     augment: bool = True
     """move training images by up to 4 px and mirror them"""
     crops: float = 0.07
-    """share of the training images that are seen as random centre crops"""
+    """share of the training images seen as random centre crops: more where kappa shall know crops, 0 where it need not"""
     keep: Literal["human", "crop", "loss"] = "human"
-    """the state with the best rank correlation with the votes' entropy, the best with the crop fraction (the paper), or the
-    lowest loss, all on validation rows"""
+    """which evaluation's state is kept, by validation rows: human, the best rank correlation with the votes' entropy; crop, the
+    best with the crop fraction (the paper); loss, the lowest loss"""
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """which fifths are tested; the paper's seed s is fold s"""
+    """which fifths are tested: one for a quick try, all for figures of every image; the paper's seed s is fold s"""
     resamples: int = 1000
-    """of the bootstrap"""
+    """resamples of the bootstrap: with more of them the ends of intervals are steadier, and take longer"""
     cache_dir: Path | None = None
     """where features are kept; default: the feature store's folder"""
 
@@ -174,6 +181,11 @@ class Cifar10HConfig(RecipeConfig):
             raise OptionError(f"--batch-size {self.batch_size} was given; expected a multiple of --block {self.block}")
         if self.parametrization == "network" and self.loss != SOFT:
             log_kappa_range(self.dim, self.kappa)
+        if self.loss == ELK and self.reference and self.dim not in PAPER_FIT:
+            raise OptionError(
+                f"--loss elk --reference --dim {self.dim} was given; the paper's normaliser is fitted for "
+                f"{', '.join(map(str, PAPER_FIT))} dimensions: take one of these, or leave --reference out"
+            )
         if self.pairs == "all" and self.loss != SOFT and (self.loss != ELK or self.reference or self.phases):
             raise OptionError(
                 f"--pairs all --loss {self.loss} --reference {self.reference} --phases {self.phases} was given; all pairs at "
@@ -328,7 +340,7 @@ PAPER: Preset = {
     "symmetric": False,
     "head_steps": 0,
     "steps": 100_000,
-    "every": 1000,
+    "every": 500,
     "batch_size": 128,
     "block": 64,
     "lr": 1e-4,
@@ -336,6 +348,8 @@ PAPER: Preset = {
     "schedule": "halved",
     "phases": 1,
     "clip": None,
+    "reference": True,
+    "antithetic": False,
     "augment": False,
     "crops": 0.0,
     "keep": "crop",

@@ -18,14 +18,19 @@ from torch import Tensor
 from ..adapters.data import open_source
 from ..adapters.errors import DataError, OptionError
 from ..adapters.perturbations import center_crop
-from ..adapters.source_base import Source
+from ..adapters.source_base import LABEL_COLUMNS, Source
+from ..adapters.source_loader import load_image
 from ..adapters.training_loop import step_generator
 from ..eval.datasets import default_data_dir, open_named
 from .classifier import shifted
 
 Labels = Literal["soft", "hard", "train-hard"]
 SETS = 5
+CLASSES = 10
 FILES = ("cifar10h-probs.npy", "cifar10h-counts.npy")
+WHERE_VOTES = f"{' or '.join(FILES)}, which are in the folder data of github.com/jcpeterson/cifar-10h"
+AGREEMENT = 0.9
+"""Least share of the images whose most frequent vote is their label: it is .992 in CIFAR-10H."""
 SMALLEST = 0.25
 """Of the sides of a crop, as a share of the image's."""
 PADDED = 4
@@ -56,12 +61,16 @@ def load_cifar10h(
         images: "cifar10", or a data set of the hub in the test set's order.
         rows: only the first so many images.
 
-    Raises DataError: nothing there (saying what goes where), a file that does not fit.
+    Raises DataError: nothing there (saying what goes where), a file that does not fit, votes in another order than images.
     """
     folder = Path(data_dir or default_data_dir()).expanduser()
     path = labels or _find_votes(folder)
-    pixels = as_pixels(open_images(folder, images, "test"))
+    source = open_images(folder, images, "test")
+    pixels = as_pixels(source)
     votes = read_vote_shares(path, len(pixels))
+    label = class_labels(source)
+    if label is not None:
+        _check_order(path, votes, label)
     return CifarH(pixels[:rows], votes[:rows])
 
 
@@ -84,10 +93,34 @@ def as_pixels(source: Source) -> np.ndarray:
     """uint8 [N,32,32,3]. Raises DataError for images of another size."""
     pixels = getattr(source, "images", None)
     if pixels is None:
-        pixels = np.stack([np.asarray(one.image.convert("RGB")) for one in source.stream()])
-    if pixels.dtype != np.uint8 or pixels.shape[1:] != (32, 32, 3):
-        raise DataError(f"{source.name}: images of 32 x 32 px are expected; these are {pixels.dtype} {pixels.shape}")
-    return pixels
+        pixels = [np.asarray(load_image(one.image)) for one in source.stream()]
+    for row, one in enumerate(pixels):
+        if one.dtype != np.uint8 or one.shape != (32, 32, 3):
+            raise DataError(
+                f"{source.name}: images of 32 x 32 px are expected; that of row {row} is {one.dtype} {list(one.shape)}"
+            )
+    return np.asarray(pixels)
+
+
+def class_labels(source: Source) -> np.ndarray | None:
+    """The class of each image, int [N]; None where the source has no classes."""
+    for name in LABEL_COLUMNS:
+        try:
+            label = source.column(name)
+        except DataError:
+            continue
+        return label if label.ndim == 1 and label.dtype.kind in "iu" else None
+    return None
+
+
+def _check_order(path: Path, votes: np.ndarray, label: np.ndarray) -> None:
+    agree = float((votes.argmax(1) == label).mean())
+    if agree < AGREEMENT:
+        raise DataError(
+            f"{path}: the most frequent vote is the image's label for {agree:.1%} of the images; at least {AGREEMENT:.0%} are "
+            "expected: the order of the rows (the test set's) or of the columns (airplane, automobile, bird, cat, deer, dog, "
+            "frog, horse, ship, truck) differs. Give the file as it is published, or images in the test set's order"
+        )
 
 
 def _find_votes(folder: Path) -> Path:
@@ -95,36 +128,56 @@ def _find_votes(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise DataError(
-        f"the votes of CIFAR-10H are not in {folder}: expected {' or '.join(FILES)}, which are in the folder data of "
-        "github.com/jcpeterson/cifar-10h. Lay one there, name the file with --labels, or another folder with --data-dir"
+        f"the votes of CIFAR-10H are not in {folder}: expected {WHERE_VOTES}. Lay one there, name the file with --labels, or "
+        "another folder with --data-dir"
     )
 
 
 def read_vote_shares(path: Path, rows: int) -> np.ndarray:
-    """Shares of the votes float32 [N, C] from a .npy file of shares or of counts, for `rows` images.
+    """Shares of the votes float32 [N, 10] from a .npy file of shares or of counts, for `rows` images.
 
-    Raises DataError: no such file, another shape, negative or non-finite numbers, rows that neither sum to 1 nor are
-    whole numbers.
+    Raises DataError: no such file (saying where to get it), no array of numbers, another shape, negative or non-finite
+    numbers (naming the first), rows that neither sum to 1 nor are whole numbers.
     """
-    try:
-        votes = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read votes from {path}: {error}. Expected a .npy array [{rows}, classes]") from error
-    if not isinstance(votes, np.ndarray) or votes.ndim != 2 or len(votes) != rows or votes.shape[1] < 2:
-        found = list(votes.shape) if isinstance(votes, np.ndarray) else "an archive"
-        raise DataError(f"{path} holds {found}; expected [{rows}, classes]: one row of votes for each image")
-    if votes.dtype.kind not in "iuf" or not np.isfinite(votes).all() or votes.min() < 0:
-        raise DataError(f"{path}: votes are counts or shares, finite and not negative; these are {votes.dtype}")
-    table = votes.astype(np.float64)
+    table = _vote_table(path, rows).astype(np.float64)
+    bad = np.argwhere(~((table >= 0) & (table < np.inf)))
+    if len(bad):
+        row, column = bad[0]
+        raise DataError(
+            f"{path}: row {row} has {table[row, column]:g} in column {column}, the first of {len(bad)} such numbers; expected "
+            "counts or shares of votes, finite and not negative"
+        )
     total = table.sum(1)
     counts = (table == np.round(table)).all() and (total > 0).all()
-    bad = np.flatnonzero(np.abs(total - 1) > 1e-3)
-    if len(bad) and not counts:
+    off = np.flatnonzero(np.abs(total - 1) > 1e-3)
+    if len(off) and not counts:
         raise DataError(
-            f"{path}: {len(bad)} rows do not sum to 1 (first: row {bad[0]}, {total[bad[0]]:g}); expected each image's "
+            f"{path}: {len(off)} rows do not sum to 1 (first: row {off[0]}, {total[off[0]]:g}); expected each image's "
             "shares of the votes, or whole numbers of votes, at least one for each image"
         )
     return (table / total[:, None]).astype(np.float32)
+
+
+def _vote_table(path: Path, rows: int) -> np.ndarray:
+    """The file's numbers [rows, 10]."""
+    expected = f"expected a .npy array of votes [{rows}, {CLASSES}], a row for each image"
+    try:
+        votes = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"cannot read votes: there is no file {path}. Expected {WHERE_VOTES}") from error
+    except OSError as error:
+        raise DataError(f"cannot read votes from {path}: {error}; {expected}") from error
+    except (ValueError, EOFError) as error:  # numpy's own message advises to unpickle what a stranger may have written
+        raise DataError(f"cannot read votes from {path}: it is no .npy file of plain numbers; {expected}") from error
+    if not isinstance(votes, np.ndarray):
+        votes.close()
+        raise DataError(f"{path} is an archive of arrays; {expected}")
+    if votes.ndim != 2 or votes.dtype.kind not in "iuf":
+        raise DataError(f"{path} holds {votes.dtype} {list(votes.shape)}; {expected}")
+    for axis, (what, count) in enumerate((("rows", rows), ("columns", CLASSES))):
+        if votes.shape[axis] != count:
+            raise DataError(f"{path} has {votes.shape[axis]} {what}, expected {count}: {expected}")
+    return votes
 
 
 def five_sets(rows: int, seed: int) -> list[np.ndarray]:

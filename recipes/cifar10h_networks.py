@@ -34,9 +34,12 @@ def cifar_backbone(
 ) -> Backbone:
     """A classifier of 32 px images: "resnet20", "resnet56", or a timm network with a stem for small images.
 
-    checkpoint: its weights on CIFAR-10; None: those of ResNet-20 and 56 are looked for in `data_dir`, or
-    in `default_data_dir()`. scratch: random
-    weights by the seed, and GroupNorm in the place of BatchNorm. Raises BackboneError, and OptionError for both at once.
+    Args:
+        checkpoint: its weights on CIFAR-10; None: those of ResNet-20 and 56 are looked for in `data_dir`, itself by default
+            `default_data_dir()`.
+        scratch: random weights by the seed, and GroupNorm in the place of BatchNorm.
+
+    Raises BackboneError, and OptionError for a checkpoint and `scratch` at once.
     """
     if scratch and checkpoint is not None:
         raise OptionError(f"--scratch and --checkpoint {checkpoint} were given; expected one of them")

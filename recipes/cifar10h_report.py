@@ -15,9 +15,9 @@ from ..adapters.features import Features
 from ..adapters.training_loop import History, Record
 from ..eval.ambiguity import vote_entropy
 from ..eval.baselines import energy, entropy, inverse_norm
-from ..eval.bootstrap import bootstrap_curve
+from ..eval.bootstrap import bootstrap, bootstrap_curve
 from ..eval.credible import CredibleSets, SetReport
-from ..eval.plots import curves, intervals, legend, looks, page
+from ..eval.plots import COLOURS, INK, Look, curves, intervals, legend, looks, page
 from ..eval.retrieval import Retrieved, retrieve
 from ..eval.retrieval_statistics import KnownMeans
 from ..eval.search import directions
@@ -113,25 +113,30 @@ def all_scores(judged: Judged) -> dict[str, np.ndarray]:
 
 
 def ambiguity(judged: Judged, scores: Mapping[str, np.ndarray], resamples: int, seed: int) -> Table:
-    """Scores against the votes' entropy and against what was cut away. Differences: from the entropy, from 1/feature-norm."""
+    """Scores against the votes' entropy and against what was cut away. Differences: from the entropy (of as many views of
+    each image), from 1/feature-norm."""
     doubt, cut = vote_entropy(judged.data.votes[judged.rows]), 1 - judged.fractions[judged.rows]
     cropped = {name: u for name, u in scores.items() if u.shape[1] > 1}
+    human: dict[str, Statistic] = {name: Spearman(u[:, 0], doubt) for name, u in scores.items()}
     made: list[tuple[str, str, dict[str, Statistic]]] = [
-        ("human_spearman", ENTROPY, {name: Spearman(u[:, 0], doubt) for name, u in scores.items()}),
+        ("human_spearman", ENTROPY, {name: human[name] for name in cropped}),
+        ("human_spearman", f"{ENTROPY}, {TWO_VIEWS}", {name: human[name] for name in scores if name not in cropped}),
         ("crop_spearman", NORM, {name: Spearman(u[:, 1], cut) for name, u in cropped.items()}),
         ("crop_less_certain", NORM, {name: Mean(u[:, 1] > u[:, 0]) for name, u in cropped.items()}),
     ]
     cells: dict[str, dict[str, Cell]] = {name: {} for name in scores}
     for metric, reference, statistics in made:
+        if not statistics:  # one view of each image only
+            continue
         for name, row in fill(statistics, [metric], (), reference, resamples, seed).items():
             cells[name].update(row)
     notes = (
         f"{len(judged.rows)} test images in {len(judged.folds)} folds, each scored by a network that has not seen it",
         "human_spearman: rank correlation with the votes' entropy, bold above the entropy's beyond the paired interval; "
         "crop_spearman: of the score of the image's centre crop with the share cut away, bold above 1/feature-norm's",
-        f"{TWO_VIEWS}: the mean of log kappa, or of the logits, over the image and its mirror image",
+        f"{TWO_VIEWS}: the mean of log kappa, or of the logits, over the image and its mirror image; compared with that entropy",
     )
-    return Table("cifar10h: ambiguity", tuple(metric for metric, *_ in made), cells, notes)
+    return Table("cifar10h: ambiguity", tuple(dict.fromkeys(metric for metric, *_ in made)), cells, notes)
 
 
 def found_by(judged: Judged, which: str, crop: bool) -> list[Retrieved]:
@@ -202,6 +207,12 @@ def _joined(parts: list[SetReport]) -> SetReport:
     return SetReport(missed, none, size, parts[0].gallery)
 
 
+def set_figures(report: SetReport, resamples: int, seed: int) -> dict[str, float]:
+    """Means over the queries, and the ends of the coverage's interval: by bootstrap over queries, galleries as they are."""
+    coverage = bootstrap(KnownMeans(1 - report.missed), resamples=resamples, seed=seed)
+    return report.summary() | {"coverage_low": coverage.low, "coverage_high": coverage.high}
+
+
 def credible_rows(found: Credible) -> list[dict[str, float]]:
     """Coverage (share of the images of the query's class inside) and size by group of kappa, least certain first."""
     order = np.argsort(found.kappa, kind="stable")
@@ -231,11 +242,11 @@ def judge(judged: Judged, folder: Path, launch: Launch, resamples: int, seed: in
     if found is not None:
         rows = credible_rows(found)
         sizes = spearmanr(found.kappa, found.nominal.size).statistic
+        both = {name: set_figures(getattr(found, name), resamples, seed) for name in ("nominal", "calibrated")}
         results["credible_sets"] = {
-            "alpha": ALPHA, "nominal": found.nominal.summary(), "calibrated": found.calibrated.summary(),
-            "radii": found.radii, "by_kappa": rows, "spearman_of_size_and_kappa": float(sizes),
+            "alpha": ALPHA, **both, "radii": found.radii, "by_kappa": rows, "spearman_of_size_and_kappa": float(sizes),
         }  # fmt: skip
-        text += "\n\n" + _credible_text(found, rows)
+        text += "\n\n" + _credible_text(rows, list(both.values()))
 
     def write() -> None:
         kept: dict[str, Any] = {"rows": judged.rows, "fraction": judged.fractions[judged.rows], **scores}
@@ -262,8 +273,7 @@ def _fold_figures(judged: Judged, scores: Mapping[str, np.ndarray]) -> list[dict
     return figures
 
 
-def _credible_text(found: Credible, rows: list[dict[str, float]]) -> str:
-    summaries = found.nominal.summary(), found.calibrated.summary()
+def _credible_text(rows: list[dict[str, float]], summaries: list[dict[str, float]]) -> str:
     lines = [f"### cifar10h: credible sets of {1 - ALPHA:.0%}, queries by kappa", ""]
     lines += [
         "| kappa | nominal: coverage | share of the gallery | calibrated: coverage | share |",
@@ -274,7 +284,10 @@ def _credible_text(found: Credible, rows: list[dict[str, float]]) -> str:
         f"{row['calibrated_coverage']:.3f} | {row['calibrated_share']:.3f} |"
         for row in rows
     ]
-    both = " | ".join(f"{one['coverage']:.3f} | {one['share_of_gallery']:.3f}" for one in summaries)
+    both = " | ".join(
+        f"{one['coverage']:.3f} [{one['coverage_low']:.3f}, {one['coverage_high']:.3f}] | {one['share_of_gallery']:.3f}"
+        for one in summaries
+    )
     return "\n".join([*lines, f"| all | {both} |"])
 
 
@@ -285,37 +298,58 @@ def draw(
     """Rank correlations, people's doubt by decile of the scores, error against reject, and credible sets against kappa."""
     own = [name for name in scores if name.startswith(judged.score)]
     look = looks(own, [name for name in scores if name not in own])
-    doubt = vote_entropy(judged.data.votes[judged.rows])
     with page(path, 12, 8) as figure:
         axes = figure.subplots(2, 2)
-        values = {name: row["human_spearman"].value for name, row in table.cells.items()}
-        reference = ENTROPY if ENTROPY in values else None
-        intervals(axes[0, 0], values, look, title="People's doubt", label="Spearman with the votes' entropy",
-                  reference=reference)  # fmt: skip
-        for name, u in scores.items():
-            tenths = np.array_split(np.argsort(u[:, 0], kind="stable"), 10)
-            means = [float(doubt[part].mean()) for part in tenths]
-            axes[0, 1].plot(range(1, 11), means, color=look[name].colour, linestyle=look[name].dash, label=name)
-        axes[0, 1].set(
-            title="By tenth of the score", xlabel="tenth, least certain last", ylabel="entropy of the votes, nats"
-        )
+        _draw_correlations(axes[0, 0], table, look)
+        _draw_tenths(axes[0, 1], scores, vote_entropy(judged.data.votes[judged.rows]), look)
         if hit.any() and not hit.all():
-            kept = np.linspace(0.5, 1.0, 11)
-            lines = {
-                name: bootstrap_curve(AccuracyAtCoverage(u[:, 0], hit, kept), resamples=min(resamples, 200), seed=seed)
-                for name, u in scores.items()
-            }
-            curves(axes[1, 0], 1 - kept, lines, look, title="Error against reject", xlabel="share rejected",
-                   ylabel="recall@1 of the rest")  # fmt: skip
+            _draw_reject(axes[1, 0], scores, hit, look, resamples, seed)
         if found is not None:
-            rows = credible_rows(found)
-            kappa = [row["kappa"] for row in rows]
-            for name, marker in (("nominal", "o"), ("calibrated", "s")):
-                for what, dash in (("coverage", "-"), ("share", ":")):
-                    label = f"{name}: {'coverage' if what == 'coverage' else 'share of the gallery'}"
-                    axes[1, 1].plot(kappa, [row[f"{name}_{what}"] for row in rows], dash, marker=marker, label=label)
-            axes[1, 1].set(title=f"Credible sets of {1 - ALPHA:.0%}", xlabel="kappa", xscale="log", ylim=(0, 1))
-            axes[1, 1].set_xticks(kappa, [f"{one:.3g}" for one in kappa])
-            axes[1, 1].minorticks_off()
-            axes[1, 1].legend(fontsize=8)
+            _draw_sets(axes[1, 1], credible_rows(found))
         legend(figure, axes[0, 1], 4)
+
+
+def _draw_correlations(axis: Any, table: Table, look: Mapping[str, Look]) -> None:
+    values = {name: row["human_spearman"].value for name, row in table.cells.items()}
+    reference = ENTROPY if ENTROPY in values else None
+    intervals(axis, values, look, title="People's doubt", label="Spearman with the votes' entropy", reference=reference)
+
+
+def _draw_tenths(axis: Any, scores: Mapping[str, np.ndarray], doubt: np.ndarray, look: Mapping[str, Look]) -> None:
+    for name, u in scores.items():
+        tenths = np.array_split(np.argsort(u[:, 0], kind="stable"), 10)
+        means = [float(doubt[part].mean()) for part in tenths]
+        axis.plot(range(1, 11), means, color=look[name].colour, linestyle=look[name].dash, label=name)
+    axis.set(title="By tenth of the score", xlabel="tenth, least certain last", ylabel="entropy of the votes, nats")
+
+
+def _draw_reject(
+    axis: Any, scores: Mapping[str, np.ndarray], hit: np.ndarray, look: Mapping[str, Look], resamples: int, seed: int
+) -> None:
+    kept = np.linspace(0.5, 1.0, 11)
+    lines = {
+        name: bootstrap_curve(AccuracyAtCoverage(u[:, 0], hit, kept), resamples=min(resamples, 200), seed=seed)
+        for name, u in scores.items()
+    }
+    curves(
+        axis,
+        1 - kept,
+        lines,
+        look,
+        title="Error against reject",
+        xlabel="share rejected",
+        ylabel="recall@1 of the rest",
+    )
+
+
+def _draw_sets(axis: Any, rows: list[dict[str, float]]) -> None:
+    """In other colours than the scores', whose legend is that of the whole figure."""
+    kappa = [row["kappa"] for row in rows]
+    axis.axhline(1 - ALPHA, color=INK, linewidth=1, linestyle=(0, (5, 4)), label=f"{1 - ALPHA:.2f}")
+    for name, colour, marker in (("nominal", COLOURS[2], "o"), ("calibrated", COLOURS[3], "s")):
+        for key, dash, what in (("coverage", "-", "coverage"), ("share", ":", "share of the gallery")):
+            values = [row[f"{name}_{key}"] for row in rows]
+            axis.plot(kappa, values, dash, color=colour, marker=marker, label=f"{name}: {what}")
+    axis.set(title=f"Credible sets of {1 - ALPHA:.0%}", xlabel="kappa, median of each fifth of the queries",
+             ylabel="share of the images", ylim=(0, 1))  # fmt: skip
+    axis.legend(fontsize=8, loc="center right")

@@ -49,13 +49,14 @@ class Answer:
 
 def make_loss(config: Cifar10HConfig) -> nn.Module | None:
     """The loss of posteriors; None for cross-entropy."""
-    samples, learnable, reference = config.samples, config.learnable, config.reference
+    learnable, reference = config.learnable, config.reference
+    drawn: dict[str, Any] = {"antithetic": config.antithetic, "reference": reference}
     if config.loss == "mcinfonce":
-        return MCInfoNCE(config.concentration, samples, learnable, reference=reference)
+        return MCInfoNCE(config.concentration, config.samples, learnable, **drawn)
     if config.loss == ELK:
         return ExpectedLikelihoodKernel(config.concentration, learnable, reference=reference)
     if config.loss == "hib":
-        return HedgedInstance(config.hib_scale, config.hib_shift, samples, learnable, reference=reference)
+        return HedgedInstance(config.hib_scale, config.hib_shift, config.samples, learnable, **drawn)
     return None
 
 
@@ -83,36 +84,37 @@ class Step(nn.Module):
     def forward(self, rows: Tensor, places: list[tuple[int, ...]], directions_only: bool) -> Tensor:
         """rows int64 [K, block] and one place of the random numbers for each of the K blocks."""
         generators = [step_generator(*place) for place in places]
+        if self.loss is not None and self.config.pairs == "drawn":
+            return self._drawn_pairs(rows, generators, directions_only)
+        answered = self._answered(list(zip(rows, generators, strict=True)))
         if self.loss is None:
-            parts = [self._inputs(block, one) for block, one in zip(rows, generators, strict=True)]
-            _, logits = self.network(torch.cat(parts).to(self.device))
+            _, logits = answered
             return functional.cross_entropy(logits, self.labels[rows.flatten()].to(self.device))
-        if self.config.pairs == "all":
-            parts = [self._inputs(block, one) for block, one in zip(rows, generators, strict=True)]
-            posterior, size = self.network(torch.cat(parts).to(self.device)), rows.shape[1]
-            of_blocks = [
-                self.of_all(_part(posterior, i * size, size), self.labels[block]) for i, block in enumerate(rows)
-            ]
-            return torch.stack(of_blocks).mean()
-        drawn = [self.pairs.draw(block, one) for block, one in zip(rows, generators, strict=True)]
-        parts = [
-            self._inputs(side, one)
-            for batch, one in zip(drawn, generators, strict=True)
-            for side in (batch.anchor, batch.positive)
-        ]
-        posterior = self.network(torch.cat(parts).to(self.device))
+        size = rows.shape[1]
+        blocks = [self.of_all(_part(answered, i * size, size), self.labels[block]) for i, block in enumerate(rows)]
+        return torch.stack(blocks).mean()
+
+    def _drawn_pairs(self, rows: Tensor, generators: list[torch.Generator], directions_only: bool) -> Tensor:
+        with _full_precision(self.device):
+            drawn = [self.pairs.draw(block, one) for block, one in zip(rows, generators, strict=True)]
+        both = zip(drawn, generators, strict=True)
+        posterior = self._answered([(side, one) for batch, one in both for side in (batch.anchor, batch.positive)])
         losses, size = [], rows.shape[1]
-        for place, (batch, one) in enumerate(zip(drawn, generators, strict=True)):
-            start = 2 * size * place
-            anchor, positive = _part(posterior, start, size), _part(posterior, start + size, size)
+        for i, (batch, one) in enumerate(zip(drawn, generators, strict=True)):
+            anchor, positive = (_part(posterior, start * size, size) for start in (2 * i, 2 * i + 1))
             losses.append(self.of_pairs(anchor, positive, batch.negative, one, directions_only))
         return torch.stack(losses).mean()
+
+    def _answered(self, sides: list[tuple[Tensor, torch.Generator]]) -> Any:
+        """What the network says of several groups of rows at once, each as images drawn by its own generator."""
+        with _full_precision(self.device):
+            parts = [self.inputs.training(rows, self.config.crops, self.config.augment, one) for rows, one in sides]
+        return self.network(torch.cat(parts).to(self.device))
 
     def of_all(self, posterior: VonMisesFisher, labels: Tensor) -> Tensor:
         """The loss of all pairs of posteriors [B], from their rows' labels [B, C]."""
         assert isinstance(self.loss, ExpectedLikelihoodKernel)
-        p = labels.to(self.device)
-        return self.loss.all_pairs(posterior, (p @ p.T).clamp(max=1.0))
+        return self.loss.all_pairs(posterior, _one_class(labels.to(self.device)))
 
     def of_pairs(
         self, anchor: VonMisesFisher, positive: VonMisesFisher, negative: Tensor, generator: torch.Generator,
@@ -137,7 +139,8 @@ class Step(nn.Module):
         more = {} if self.config.loss == ELK else {"generator": generator}
         if rolled or not self.config.negatives:
             return self.loss(anchor, positive, None, **more)
-        columns, has = draw_negatives(negative, self.config.negatives, generator)
+        with _full_precision(self.device):
+            columns, has = draw_negatives(negative, self.config.negatives, generator)
         columns, has = columns.to(self.device), has.to(self.device)
         if not has.any():  # a block of one class
             return self.loss(anchor, positive, None, **more)
@@ -146,8 +149,16 @@ class Step(nn.Module):
         )
         return self.loss(_rows(anchor, has), _rows(positive, has), far, **more)
 
-    def _inputs(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        return self.inputs.training(rows, self.config.crops, self.config.augment, generator)
+
+def _full_precision(device: torch.device) -> torch.autocast:
+    """What is drawn, and what labels say, is the same whatever precision the network trains in."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _one_class(labels: Tensor) -> Tensor:
+    """The probability [B, B] that two rows show one class, from their labels [B, C]."""
+    with _full_precision(labels.device):
+        return (labels @ labels.T).clamp(max=1.0)
 
 
 def _part(one: VonMisesFisher, start: int, size: int) -> VonMisesFisher:

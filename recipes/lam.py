@@ -174,11 +174,12 @@ def run(config: LamConfig) -> None:
 def results(methods: Methods, judged: Mapping[str, Judged]) -> dict[str, Any]:
     """What results.json says of a run."""
     sets, best = methods.sets, methods.best()
-    parts = dict(zip(("train", "validation", "test"), sets.parts, strict=True))
+    train, validation, test = sets.parts
+    counts = {"train": len(train), "validation": len(validation), "test": len(test)}
     return {
         "methods": as_results(judged),
         "reports": methods.reports,
-        "images": {name: len(images) for name, images in {**parts, **sets.ood}.items()},
+        "images": counts | {name: len(images) for name, images in sets.ood.items()},
         "validation_map_at_5": {name: {"before": methods.before[name], "best": value} for name, value in best.items()},
         "training_seconds": {name: round(one.seconds, 1) for name, one in methods.histories.items()},
     }

@@ -29,7 +29,7 @@ class RecipeConfig:
     output: Path = Path("runs")
     """folder of the run"""
     seed: int = 0
-    """of every random number"""
+    """decides every random number: the same seed gives the same result"""
     resume: bool = False
     """continue the run that is in that folder"""
     check: bool = False
@@ -79,20 +79,23 @@ def parse(name: str, config: type[C], presets: Mapping[str, Preset], about: str 
 
 
 def presets_named(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names that stand behind --preset, and all other words."""
+    """The names that stand behind --preset, and all other words. Raises OptionError for a --preset without a name."""
     names: list[str] = []
     rest: list[str] = []
-    taking = False
-    for word in arguments:
+    taking = empty = False
+    for word in (*arguments, "--"):
+        if word.startswith("-") and empty:
+            raise OptionError("--preset was given without a name; expected one or more, as --help lists them")
         if word == "--preset" or word.startswith("--preset="):
-            taking = True
+            taking, empty = True, "=" not in word
             names += word.split("=", 1)[1:]
         elif word.startswith("-"):
             taking = False
             rest.append(word)
         else:
             (names if taking else rest).append(word)
-    return names, rest
+            empty = False
+    return names, rest[:-1]
 
 
 def _shown(options: Preset) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -200,19 +201,21 @@ def main(
         presets: options by name, `default` among them. about: the recipe's docstring, shown by --help.
         knobs: the options that say how much memory a step takes, for the message when there is too little.
     """
+    new = None
     try:
         options = parse(name, config, presets, about, sys.argv[1:] if arguments is None else arguments)
+        new = None if (options.output / "config.json").exists() else options.output
         if options.resume and (options.output / "results.json").is_file():
             check_folder(name, options)
             print(f"the run in {options.output} is finished: remove its results.json to evaluate it again")
             return
         run(options)
     except PosthocError as error:
-        _fail(str(error))
+        _fail(str(error), new)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        _fail(f"out of memory ({str(error).splitlines()[0][:200]}): give a smaller {knobs}")
+        _fail(f"out of memory ({str(error).splitlines()[0][:200]}): give a smaller {knobs}", new)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -220,6 +223,9 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in words
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, new: Path | None) -> None:
+    """Say why, and end; a new run's folder in which nothing was computed is free for the command that is put right."""
+    if new is not None and not any(new.glob("**/checkpoint.pt")) and not (new / "results.json").exists():
+        (new / "config.json").unlink(missing_ok=True)
     print(f"posthoc: {message}", file=sys.stderr)
     raise SystemExit(2)

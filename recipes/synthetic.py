@@ -1,5 +1,6 @@
 """MCInfoNCE's controlled experiment: does the loss find the true posteriors, up to a rotation?
 
+    accelerate launch -m posthoc.recipes.synthetic --preset smoke --output runs/smoke      # try this first: half a minute
     accelerate launch -m posthoc.recipes.synthetic --output runs/synthetic --seed 4
 
 The default takes 9 to 18 minutes on one core of a shared machine (15 to 31 steps a second), 1.2 GB of memory, and some
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 from ..adapters.distributed import Launch
 from ..adapters.errors import OptionError, PosthocError
 from ..adapters.losses import ExpectedLikelihoodKernel, HedgedInstance, MCInfoNCE
+from ..adapters.losses.elk import PAPER_FIT
 from ..adapters.training_loop import History, Plan, run_plan, step_generator
 from ..adapters.vmf import VonMisesFisher
 from .encoders import VmfEncoder, paper_encoder
 from .options import Preset, RecipeConfig, check_counts, check_positive
 from .running import Run, main, row_blocks, scheduled, seeded_module
 from .synthetic_process import CALIBRATION, Family, Numbers, Process, ProcessConfig, make_process
-from .synthetic_report import Truth, draw_plots, final_figures, round_figures
+from .synthetic_report import Truth, draw_plots, final_figures, round_figures, table
 
 BLOCK = 64
 """Rows of a batch that share a generator: so many rows, or a multiple, are a process's share."""
@@ -58,13 +60,13 @@ class SyntheticConfig(RecipeConfig):
     kappa_high: float = 32.0
     """largest true concentration; inf: no ambiguity at all"""
     kappa_positive: float = 20.0
-    """concentration of positives round the anchor's latent"""
+    """how near to its latent an image's positives lie: the concentration of that match"""
     spread: float = 0.5
     """a process is accepted when some pair of its means has a cosine below this"""
     process_width: int = 10
-    """of the hidden layers of the process's networks"""
+    """width of the hidden layers of the process's networks; wider ones make smoother posteriors"""
     process_hidden: int = 1
-    """layers between the first and the last of its mean's network"""
+    """layers between the first and the last of the process's mean network; more of them bend the means more"""
     shared_backbone: bool = False
     """whether concentrations, true and learned, are functions of the mean direction"""
     acceptance: Literal["exact", "paper"] = "exact"
@@ -76,13 +78,15 @@ class SyntheticConfig(RecipeConfig):
     encoder_kappa_high: float = 32.0
     """largest concentration of the encoder at the start"""
     encoder_width: int = 0
-    """of the encoder's hidden layers; 0: the paper's, 10, 50 and 10 times what a network gives out"""
+    """width of the encoder's hidden layers; 0: the paper's, 10, 50 and 10 times what a network gives out, which is slower"""
     encoder_hidden: int = 6
     """layers between the encoder's first and last"""
     samples: int = 128
-    """Monte-Carlo samples of the loss for each posterior"""
+    """Monte-Carlo samples of the loss for each posterior: more of them, less noise and more time"""
     concentration: float | None = None
     """inverse temperature of mcinfonce, power of elk's kernel; None: --kappa-positive, as in the paper"""
+    antithetic: bool = True
+    """whether those samples come in mirrored pairs, for less noise (exact sampler only)"""
     reference: bool = False
     """the loss as in the paper's code, with its sampler or its fitted normaliser"""
     negatives: int = 16
@@ -92,21 +96,21 @@ class SyntheticConfig(RecipeConfig):
     negative_weight: float | None = None
     """of each negative in mcinfonce; 1 is least at the truth, None (1 over their number, the paper's) with one negative only"""
     hib_scale: float = 1.0
-    """a of hib"""
+    """a of hib, P(match) = sigmoid(a cosine + b): 20 with b = -8 does not collapse here, the paper's 1 and 0 do"""
     hib_shift: float = 0.0
     """b of hib"""
     learnable: bool = False
-    """whether the loss's parameters are trained too"""
+    """whether the loss's concentration (a and b of hib) is trained too"""
     phases: int = 1
     """rounds of training first the means, then the concentrations; 0: both at once, for twice the steps"""
     steps: int = 50_000
-    """optimiser steps of each half of a phase"""
+    """optimiser steps of each half of a phase; most of the time goes here"""
     kappa_steps: int | None = None
     """of the concentrations' half; None: as many as of the means'"""
     batch_size: int = 128
-    """rows of a step, over all processes"""
+    """rows of a step, over all processes: a multiple of 64 for each"""
     lr: float = 1e-4
-    """of Adam"""
+    """learning rate of Adam; lower it where cosines fall again"""
     schedule: Literal["halved", "cosine"] = "halved"
     """halved: the paper's steps; cosine: a rise over a twentieth of the steps, then down to 0, in each half phase"""
     every: int = 500
@@ -133,6 +137,11 @@ class SyntheticConfig(RecipeConfig):
             )
         if self.concentration is not None:
             check_positive(self, "concentration")
+        if self.loss == "elk" and self.reference and self.encoder_dim not in PAPER_FIT:
+            raise OptionError(
+                f"--loss elk --reference --encoder-dim {self.encoder_dim} was given; the paper's normaliser is fitted for "
+                f"{', '.join(map(str, PAPER_FIT))} dimensions: take one of these, or leave --reference out"
+            )
         if self.eval_rows < 2 * self.latent_dim + 4:
             raise OptionError(f"--eval-rows {self.eval_rows} was given; expected {2 * self.latent_dim + 4} or more")
         if not 0 < self.encoder_kappa_low <= self.encoder_kappa_high or not 0 < self.lr < math.inf:
@@ -206,21 +215,13 @@ def _in_blocks(mean: Tensor, kappa: Tensor, block: int) -> list[VonMisesFisher]:
 
 def make_criterion(config: SyntheticConfig) -> nn.Module:
     """The loss of the options."""
-    paper, concentration = config.reference, config.concentration or config.kappa_positive
+    concentration = config.concentration or config.kappa_positive
     if config.loss == "elk":
-        return ExpectedLikelihoodKernel(concentration, config.learnable, reference=paper)
+        return ExpectedLikelihoodKernel(concentration, config.learnable, reference=config.reference)
+    drawn: dict[str, Any] = {"antithetic": config.antithetic, "reference": config.reference}
     if config.loss == "hib":
-        return HedgedInstance(
-            config.hib_scale, config.hib_shift, config.samples, config.learnable, antithetic=not paper, reference=paper
-        )
-    return MCInfoNCE(
-        concentration,
-        config.samples,
-        config.learnable,
-        antithetic=not paper,
-        negative_weight=config.negative_weight,
-        reference=paper,
-    )
+        return HedgedInstance(config.hib_scale, config.hib_shift, config.samples, config.learnable, **drawn)
+    return MCInfoNCE(concentration, config.samples, config.learnable, negative_weight=config.negative_weight, **drawn)
 
 
 @dataclass(frozen=True)
@@ -301,6 +302,7 @@ def run(config: SyntheticConfig) -> dict[str, Any]:
     figures = final_figures(encoder, truth, step_generator(config.seed, FIXED, 1))
     seconds = {name: round(history.seconds, 1) for name, history in histories.items()}
     run.launch.on_main(lambda: draw_plots(run.folder, encoder, truth, start, histories))
+    run.launch.on_main(lambda: print(table(start, figures)))
     parameters = {name: float(value) for name, value in step.criterion.named_parameters()}
     run.finish({"figures": figures, "start": start, "training_seconds": seconds, "loss_parameters": parameters})
     if config.check and not figures["cosines_spearman"] > start["cosines_spearman"] + 0.1:
@@ -316,7 +318,8 @@ _OURS: Preset = {"encoder_width": 64, "encoder_hidden": 2, "schedule": "cosine",
 PRESETS: dict[str, Preset] = {
     "smoke": {**_OURS, "steps": 150, "every": 50, "eval_rows": 500, "check": True},
     "default": {**_OURS, "steps": 16_000, "kappa_steps": 1500},
-    "paper": {"eval_rows": 10_000, "acceptance": "paper", "sampler": "paper", "reference": True},
+    "paper": {"eval_rows": 10_000, "acceptance": "paper", "sampler": "paper", "reference": True,
+              "antithetic": False},
     "ambiguous": {"batch_size": 512, "samples": 512, "negatives": 32},
     "clear": {"kappa_low": 64.0, "kappa_high": 128.0},
     "injective": {"kappa_low": math.inf, "kappa_high": math.inf},

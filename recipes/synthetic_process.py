@@ -82,6 +82,8 @@ class ProcessConfig:
                 f"concentrations from {self.lowest} to {self.highest} and kappa_pos={self.positive} were given; expected "
                 "0 < lowest <= highest, and a positive number for kappa_pos"
             )
+        if not -1 < self.spread <= 1:
+            raise OptionError(f"spread={self.spread} was given; expected a cosine above -1 and at most 1")
         if self.constant == "paper" and (self.positive != 20.0 or self.dim not in PAPER_ERROR):
             raise OptionError(
                 f"the paper's acceptance constant is known for kappa_pos=20 in dimensions {sorted(PAPER_ERROR)}; given "
@@ -138,12 +140,14 @@ class Process(nn.Module):
         All are compared with one latent for each row. Exact: candidates are drawn until one of them is taken.
         """
         rows = numbers.rows
-        x = self.images(numbers, rows, 1)
-        z = self.latents(x, numbers, rows)[:, 0]
-        positive = self._fill(z, numbers, rows, True)
-        if not negatives:
-            return x[:, 0], positive, None
-        far = self._fill(z.repeat_interleave(negatives, 0), numbers, rows.repeat_interleave(negatives), False)
+        # mixed precision is for what is trained: these data are the same with it and without
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            x = self.images(numbers, rows, 1)
+            z = self.latents(x, numbers, rows)[:, 0]
+            positive = self._fill(z, numbers, rows, True)
+            if not negatives:
+                return x[:, 0], positive, None
+            far = self._fill(z.repeat_interleave(negatives, 0), numbers, rows.repeat_interleave(negatives), False)
         return x[:, 0], positive, far.reshape(len(rows), negatives, -1)
 
     def _fill(self, z: Tensor, numbers: Numbers, rows: Tensor, matching: bool) -> Tensor:
@@ -212,20 +216,24 @@ def make_process(config: ProcessConfig, cache_dir: Path | None = None, progress:
         except Exception as error:  # safetensors' own error, or other tensors
             raise DataError(f"{path} is no stored process ({error}): delete it, and it is built again") from error
         return process.requires_grad_(False)
+    reached = 1.0
     for attempt in range(TRIES):
         process = seeded_module(lambda: Process(config), config.seed, attempt)
         _smooth(process, config.seed, attempt, progress)
         x = process.images_alone(CALIBRATION, step_generator(config.seed, attempt, 1))
         with torch.no_grad():
             mu = process.encoder.direction(x)
-        if float((mu @ mu.T).min()) <= config.spread:
+        lowest = float((mu @ mu.T).min())
+        if lowest <= config.spread:
             # last, as a shared network's concentrations depend on the mean's
             process.encoder.calibrate(x, config.lowest, config.highest)
             folder.mkdir(parents=True, exist_ok=True)
             replace_file(path, save_tensors(process.state_dict()))
             return process.requires_grad_(False)
+        reached = min(reached, lowest)
     raise DataError(
-        f"none of {TRIES} processes had a pair of means with a cosine below {config.spread}: give a larger spread"
+        f"none of {TRIES} processes had a pair of means with a cosine below {config.spread}, the lowest was {reached:.3f}: "
+        "give a larger spread"
     )
 
 

@@ -103,6 +103,23 @@ def _named(name: str, found: Agreement) -> Record:
     return {f"{name}_{metric}": value for metric, value in vars(found).items()}
 
 
+SAID = {
+    "cosines_spearman": "all pairwise cosines, rank correlation with the true ones",
+    "kappa_spearman": "concentrations, rank correlation",
+    "kappa_ratio": "concentrations, found over true, median",
+    "proxy_spearman": "the paper's proxy of them, rank correlation",
+    "coverage": "true latents in 95 % caps, aligned by the other half",
+    "coverage_of_the_true_posteriors": "the same of the true posteriors",
+}
+
+
+def table(start: Record, figures: Record) -> str:
+    """What a run prints at its end: the main figures before and after training, as Markdown."""
+    rows = [(text, start.get(name), figures[name]) for name, text in SAID.items() if name in figures]
+    cells = [[text, "" if before is None else f"{before:.3f}", f"{after:.3f}"] for text, before, after in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [["", "at the start", "at the end"], ["---"] * 3, *cells])
+
+
 def draw_plots(
     folder: Path, encoder: VmfEncoder, truth: Truth, start: Record, histories: Mapping[str, History]
 ) -> None:
@@ -117,25 +134,34 @@ def draw_plots(
 
 
 def _draw_learning(path: Path, start: Record, histories: Mapping[str, History]) -> None:
-    names = {"cosines_spearman": "pairwise cosines", "kappa_spearman": "concentrations"}
-    names = {name: label for name, label in names.items() if name in start}
+    """The agreement over all steps; that of concentrations from where they begin to be trained."""
+    drawn = {"cosines_spearman": ("pairwise cosines", "mean"), "kappa_spearman": ("concentrations", "kappa")}
     with page(path, 6.4, 3.8) as figure:
         axis = figure.subplots()
-        for (name, label), colour in zip(names.items(), COLOURS, strict=False):
-            before, x, y = 0.0, [0.0], [start[name]]
-            for history in histories.values():
-                x += [before + record["step"] for record in history.records]
-                y += history.column(name)
-                before = x[-1]
-            axis.plot(x, y, color=colour, label=label)
-        for end in _ends(histories)[:-1]:
+        for (name, (label, half)), colour in zip(drawn.items(), COLOURS, strict=False):
+            if name in start:
+                axis.plot(*_learning_curve(name, half, start, histories), color=colour, label=label)
+        ends = np.cumsum([history.records[-1]["step"] for history in histories.values()])
+        for end in ends[:-1]:
             axis.axvline(end, color=FAINT, zorder=0)
         axis.set(title="Agreement with the truth", xlabel="optimiser step", ylabel="rank correlation", ylim=(None, 1.0))
         axis.legend()
 
 
-def _ends(histories: Mapping[str, History]) -> list[float]:
-    return list(np.cumsum([history.records[-1]["step"] for history in histories.values()]))
+def _learning_curve(name: str, half: str, start: Record, histories: Mapping[str, History]) -> tuple[list[float], ...]:
+    """Steps and values of a figure, from the first training that moves it on: one called so, or of both at once."""
+    before, x, y = 0.0, [0.0], [start[name]]
+    moved = False
+    for training, history in histories.items():
+        moved = moved or training == "joint" or training.endswith(half)
+        values = history.column(name)
+        if moved:
+            x += [before + record["step"] for record in history.records]
+            y += values
+        before += history.records[-1]["step"]
+        if not moved:
+            x, y = [before], [values[-1]]
+    return x, y
 
 
 def _draw_concentrations(path: Path, kappa: np.ndarray, true: np.ndarray) -> None:

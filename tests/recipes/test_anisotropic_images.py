@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import OptionError
+from posthoc.eval.plots import COLOURS, GREYS
 from posthoc.recipes import anisotropic_images
 from posthoc.recipes.anisotropic_images import ImagesConfig
-from posthoc.recipes.anisotropic_readout import Judged, readout, table
+from posthoc.recipes.anisotropic_readout import Judged, bars, readout, table
 from posthoc.recipes.anisotropic_views import feature_batches, image_part
 from posthoc.recipes.augmentations import Augmentation, augment, draw
 from posthoc.recipes.digits import load_digits
@@ -147,6 +150,22 @@ def test_batches_are_those_of_the_global_rows() -> None:
         ViewBatches(images, how, 256, 0, ALONE, CPU)
 
 
+def test_mixed_precision_leaves_views_as_they_are() -> None:
+    pixels = torch.randint(0, 256, (64, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    images, how = Images(pixels, np.zeros(64, np.int64)), Augmentation()
+
+    def seen() -> tuple[torch.Tensor, ...]:
+        fixed = torch.cat(list(image_part(images, how, 3, 1, CPU).view()))
+        return *ViewBatches(images, how, 2 * BLOCK, 5, ALONE, CPU)(0), fixed
+
+    expected = seen()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = seen()
+    for one, other in zip(mixed, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
+
+
 def test_a_part_knows_what_was_done_to_its_views(folder: Path) -> None:
     images = load_images("fashion-mnist", "train", folder / "data").first(CHUNK + 60)
     part = image_part(images, Augmentation(), 3, 1, CPU)
@@ -181,6 +200,20 @@ def test_readouts_by_hand() -> None:
     assert found["augmentation"] == pytest.approx((found["x"] + found["y"]) / 2)
     assert table({"a": found}).splitlines()[0] == "| representation | class | augmentation | x | y |"
     assert table({"a": found}).splitlines()[2].startswith("| a | 100.0 | ")
+
+
+def test_bars_have_the_spread_over_seeds_and_a_grey_reference() -> None:
+    axis = Figure().subplots()
+    rows = {"backbone": [1.0, 2.0], "a": [3.0, 4.0], "b": [5.0, 6.0]}
+    errors = {name: [0.1 * value for value in values] for name, values in rows.items()}
+    bars(axis, rows, ["x", "y"], errors, "backbone")
+    assert [[bar.get_height() for bar in one.patches] for one in axis.containers[1::2]] == [*rows.values()]
+    assert [to_hex(one.patches[0].get_facecolor()).upper() for one in axis.containers[1::2]] == [
+        GREYS[-1], *COLOURS[:2],
+    ]  # fmt: skip
+    for one, values in zip(axis.containers[::2], errors.values(), strict=True):
+        (_, _, (lines,)) = one.lines
+        assert [np.ptp(line[:, 1]) / 2 for line in lines.get_segments()] == pytest.approx(values)
 
 
 def test_the_strided_network(generator: torch.Generator) -> None:

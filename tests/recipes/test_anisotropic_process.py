@@ -250,6 +250,15 @@ def test_batches_are_the_same_for_any_number_of_processes_and_in_any_order() -> 
                 torch.testing.assert_close(together, batches[step][i], rtol=1e-5, atol=1e-6)
 
 
+def test_mixed_precision_leaves_the_batch_as_it_is() -> None:
+    expected = _pairs()(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = _pairs()(0)
+    for one, other in zip(mixed, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
+
+
 def test_each_family_has_its_own_positives() -> None:
     pairs = _pairs(batch_size=512)
     pairs.network = torch.nn.Identity()

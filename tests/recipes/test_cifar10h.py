@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import save_file
 
 from posthoc.recipes.cifar10h import PRESETS, Cifar10HConfig, command
+from posthoc.recipes.cifar10h_training import make_loss
 from posthoc.recipes.networks import CifarResNet
 from posthoc.recipes.running import seeded
 
@@ -57,6 +58,7 @@ def test_a_run_writes_what_it_found(folder: Path, unbroken: dict[str, Any]) -> N
     }  # fmt: skip
     nominal = unbroken["credible_sets"]["nominal"]
     assert nominal["queries"] + nominal["queries_without_truth"] == 2 * ROWS // 5
+    assert nominal["coverage_low"] <= nominal["coverage"] <= nominal["coverage_high"]
     for name in ("cifar10h.png", "results.md", "scores.npz", "config.json"):
         assert (folder / "unbroken" / name).stat().st_size
     assert [record["step"] for record in records(folder / "unbroken", "fold1")] == [2, 4, 6]
@@ -118,6 +120,7 @@ def test_variants_run(folder: Path, more: list[str], trainings: set[str], scores
         (["--variant", "posthoc", "--scratch"], "neither --scratch"),
         (["--kappa", "1e9"], "expected"),
         (["--loss", "hib"], "give --pairs drawn"),
+        (["--pairs", "drawn", "--reference", "--dim", "12"], "fitted for 4, 8, 10, 16, 32, 64 dimensions"),
     ],
 )
 def test_bad_options_end_in_one_line(
@@ -145,5 +148,11 @@ def test_the_papers_scripts_are_the_presets() -> None:
         assert (config.dim, config.kappa, config.negatives, config.phases) == (dim, kappa, negatives, phases)
         assert t is None or config.concentration == t
         assert (config.parametrization, config.centred, config.lr, config.steps) == ("norm", False, 1e-4, 100_000)
+        assert (config.batch_size, config.samples, config.every, config.weight_decay) == (128, 128, 500, 0.01)
+        assert (config.pairs, config.keep, config.schedule, config.clip) == ("drawn", "crop", "halved", None)
+        assert (config.augment, config.crops, config.symmetric, config.head_steps) == (False, 0.0, False, 0)
+        loss: Any = make_loss(config)
+        assert loss.reference  # its sampler, or its fitted normaliser
+        assert not getattr(loss, "antithetic", False)
     hib = Cifar10HConfig(**PRESETS["paper-hib"])
     assert (hib.hib_scale, hib.hib_shift) == (2.0, 1.0)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from posthoc.adapters.errors import OptionError, PosthocError
+from posthoc.adapters.errors import DataError, OptionError, PosthocError
 from posthoc.adapters.perturbations import center_crop
 from posthoc.adapters.positives import RowNumbers, SoftLabelPairs, draw_negatives
 from posthoc.adapters.training_loop import step_generator
@@ -26,21 +28,82 @@ def test_votes_are_shares_or_counts(tmp_path: Path, kind: type) -> None:
     np.testing.assert_allclose(read, counts / counts.sum(1, keepdims=True), rtol=1e-6)
 
 
+def _spoilt(number: float) -> np.ndarray:
+    """Votes of 50 images, of which row 31 and a later one have a number that is none of votes."""
+    votes = np.full((50, 10), 0.1)
+    votes[[31, 40], [4, 2]] = number
+    return votes
+
+
 @pytest.mark.parametrize(
     ("votes", "message"),
     [
-        (np.ones((49, 10)) / 10, r"expected \[50, classes\]"),
-        (np.ones(50), r"expected \[50, classes\]"),
+        (np.ones((49, 10)) / 10, r"49 rows, expected 50"),
+        (np.ones((50, 3)) / 3, r"3 columns, expected 10"),
+        (np.ones(50), r"holds float64 \[50\]; expected a .npy array of votes \[50, 10\]"),
+        (np.full((50, 10), "many"), r"holds <U4 \[50, 10\]"),
+        (np.full((50, 10), None), r"no .npy file of plain numbers; expected a .npy array of votes \[50, 10\]"),
         (np.full((50, 10), 0.11), r"50 rows do not sum to 1 \(first: row 0, 1.1\)"),
         (np.zeros((50, 10), int), "at least one for each image"),
-        (np.full((50, 10), -0.1), "not negative"),
-        (np.full((50, 10), np.nan), "finite"),
+        (_spoilt(-0.1), r"row 31 has -0.1 in column 4, the first of 2 such numbers; .*not negative"),
+        (_spoilt(np.nan), r"row 31 has nan in column 4.*finite"),
+        (_spoilt(np.inf), r"row 31 has inf in column 4.*finite"),
     ],
 )
 def test_a_wrong_file_of_votes_is_refused(tmp_path: Path, votes: np.ndarray, message: str) -> None:
     np.save(tmp_path / "votes.npy", votes)
-    with pytest.raises(PosthocError, match=message):
+    with pytest.raises(DataError, match=message) as refused:
         read_vote_shares(tmp_path / "votes.npy", 50)
+    assert "allow_pickle" not in str(refused.value)
+
+
+def test_what_is_no_file_of_votes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "votes.npy"
+    with pytest.raises(DataError, match=r"no file .*votes.npy.*cifar10h-probs.npy.*github.com/jcpeterson/cifar-10h"):
+        read_vote_shares(path, 50)
+    for content in ("0.1, 0.9", ""):
+        path.write_text(content)
+        with pytest.raises(DataError, match=r"no .npy file of plain numbers") as refused:
+            read_vote_shares(path, 50)
+        assert "allow_pickle" not in str(refused.value)
+    np.savez(tmp_path / "votes.npz", votes=np.eye(10))
+    with pytest.raises(DataError, match="an archive of arrays"):
+        read_vote_shares(tmp_path / "votes.npz", 10)
+
+
+@pytest.fixture(params=["folder", "data set"])
+def lettered(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """--images with the labels of 200 images, in the folder or as a data set like those of the hub; shares of their votes."""
+    rng = np.random.default_rng(3)
+    votes = rng.dirichlet(np.full(10, 0.1), 200)
+    label, pixels = votes.argmax(1), rng.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
+    if request.param == "folder":
+        np.savez(tmp_path / "cifar10.npz", x_test=pixels, y_test=label, x_train=pixels, y_train=label)
+        yield "cifar10", votes
+        return
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    columns = {"img": [Image.fromarray(one) for one in pixels], "label": label}
+    table = datasets.Dataset.from_dict(columns, features)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda name, **_: datasets.DatasetDict({"test": table})["test"])
+        yield "someone/cifar10", votes
+
+
+def test_votes_in_another_order_than_images_are_refused(lettered: tuple[str, np.ndarray], tmp_path: Path) -> None:
+    images, votes = lettered
+    rng = np.random.default_rng(4)
+    some = np.arange(10)
+    some[[3, 5]] = 5, 3  # cats and dogs
+    wrong = {"rows": votes[rng.permutation(200)], "columns": votes[:, rng.permutation(10)], "two": votes[:, some]}
+    for name, table in {"right": votes, **wrong}.items():
+        np.save(tmp_path / f"{name}.npy", table)
+    found = load_cifar10h(tmp_path, tmp_path / "right.npy", images, rows=150)
+    np.testing.assert_allclose(found.votes, votes[:150], rtol=1e-6)
+    for name, table in wrong.items():
+        agree = (table.argmax(1) == votes.argmax(1)).mean()
+        expected = rf"{name}.npy: .* for {agree:.1%} of the images; at least 90% are expected: the order of the rows"
+        with pytest.raises(DataError, match=expected):
+            load_cifar10h(tmp_path, tmp_path / f"{name}.npy", images)
 
 
 def test_missing_data_says_what_goes_where(tmp_path: Path) -> None:

@@ -12,6 +12,10 @@ from torch.nn import functional
 
 from posthoc.adapters.training_loop import History
 from posthoc.adapters.vmf import VonMisesFisher
+from posthoc.eval.ambiguity import vote_entropy
+from posthoc.eval.bootstrap import bootstrap_difference
+from posthoc.eval.credible import SetReport
+from posthoc.eval.statistics import Spearman
 from posthoc.recipes.cifar10h_data import CifarH
 from posthoc.recipes.cifar10h_report import (
     Fold,
@@ -22,6 +26,7 @@ from posthoc.recipes.cifar10h_report import (
     credible_rows,
     credible_sets,
     retrieval,
+    set_figures,
 )
 from posthoc.recipes.cifar10h_training import Answer
 
@@ -59,6 +64,37 @@ def test_figures_are_the_references(shared: Path) -> None:
     assert found.cells["embedding"]["recall_at_1"].value.value == pytest.approx(float(golden["recall_at_1"]), abs=1e-6)
     assert found.cells["embedding"]["map_at_r"].value.value == pytest.approx(float(golden["mapr"]), abs=1e-6)
     np.testing.assert_array_equal(hit, golden["nn_correct"].astype(bool))
+
+
+def test_a_score_is_compared_with_the_entropy_of_as_many_views() -> None:
+    rng = np.random.default_rng(0)
+    votes = rng.dirichlet(np.full(3, 0.5), 200)
+    judged = _judged(rng.normal(size=(200, 4)), np.ones(200), votes)
+    doubt = vote_entropy(judged.data.votes)
+    names = ("1/kappa", "entropy", "1/feature-norm")
+    scores = {name: doubt[:, None] + rng.normal(0, 0.5, (200, 2)) for name in names}
+    scores |= {f"{name}, two views": doubt[:, None] + rng.normal(0, 0.4, (200, 1)) for name in names[:2]}
+    table = ambiguity(judged, scores, 50, 3)
+    for own, reference in (("1/kappa", "entropy"), ("1/kappa, two views", "entropy, two views")):
+        one, other = (Spearman(scores[name][:, 0], doubt) for name in (own, reference))
+        cell = table.cells[own]["human_spearman"]
+        assert cell.minus == bootstrap_difference(one, other, resamples=50, seed=3)
+        assert table.cells[reference]["human_spearman"].minus is None
+    assert set(table.cells["1/kappa, two views"]) == {"human_spearman"}
+    assert "crop_spearman" in table.markdown()
+
+
+def test_coverage_has_an_interval_over_the_queries_that_have_a_true_neighbour() -> None:
+    rng = np.random.default_rng(1)
+    missed = rng.beta(1, 8, 400)
+    missed[:40] = np.nan
+    report = SetReport(missed, (missed == 1).astype(float), np.full(400, 7), 20)
+    found = set_figures(report, 500, 0)
+    covered = 1 - missed[40:]
+    assert found["coverage"] == pytest.approx(covered.mean())
+    half = 1.96 * covered.std() / np.sqrt(360)
+    assert found["coverage_low"] == pytest.approx(covered.mean() - half, abs=0.2 * half)
+    assert found["coverage_high"] == pytest.approx(covered.mean() + half, abs=0.2 * half)
 
 
 def test_scores_of_folds_share_a_scale() -> None:

@@ -68,6 +68,19 @@ def test_a_block_of_all_pairs_has_the_probabilities_of_one_class() -> None:
     assert float(step(rows[None], [(7,)], False).detach()) == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("loss", "pairs"), [("elk", "all"), ("elk", "drawn"), ("mcinfonce", "drawn"), ("hib", "drawn")]
+)
+def test_what_labels_say_and_what_is_drawn_is_of_full_precision(loss: str, pairs: str) -> None:
+    """The network has nothing here that mixed precision rounds, so whatever changed would be drawn or of the labels."""
+    step, rows = _step(loss, pairs), torch.arange(32).view(2, 16)
+    plain = step(rows, [(0, 1), (0, 2)], False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (step.labels @ step.labels.T).dtype == torch.bfloat16
+        mixed = step(rows, [(0, 1), (0, 2)], False)
+    assert torch.equal(mixed, plain)
+
+
 def test_a_block_is_its_loss_with_drawn_pairs() -> None:
     step = _step("elk", symmetric=False)
     value = step(torch.arange(16)[None], [(7,)], False)

@@ -41,6 +41,12 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         parsed("--preset", "lang")
 
 
+@pytest.mark.parametrize("words", [["--preset"], ["--preset", "--seed", "2"], ["--preset", "long", "--preset"]])
+def test_a_preset_needs_a_name(words: list[str]) -> None:
+    with pytest.raises(OptionError, match="--preset was given without a name"):
+        parsed(*words)
+
+
 def test_a_seed_is_a_whole_number_of_31_bits() -> None:
     for seed in ("-1", str(2**31)):
         with pytest.raises(OptionError, match=f"--seed {seed} was given"):

@@ -126,6 +126,28 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
     assert "has other options (steps is 5 there and 4 here)" in capsys.readouterr().err
 
 
+def test_a_start_that_failed_leaves_its_folder_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(config: Config) -> None:
+        run = Run("some", config)
+        if config.steps == 1:
+            raise OptionError("the data are not there")
+        (run.folder / "fit").mkdir(exist_ok=True)
+        (run.folder / "fit" / "checkpoint.pt").touch()
+        if config.steps == 2:
+            raise OptionError("nothing was learnt")
+
+    def ended(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            running.main("some", Config, PRESETS, work, None, "--steps", ["--output", str(tmp_path / "run"), *words])
+        return capsys.readouterr().err
+
+    assert "not there" in ended("--steps", "1")
+    assert "nothing was learnt" in ended("--steps", "2")  # other options, the same folder
+    assert "holds a run already" in ended("--steps", "3")  # now there is something to lose
+    assert "not there" not in ended("--steps", "1", "--resume")
+    assert (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.parametrize(("kind", "expected"), [("halved", [1, 1, 0.5, 0.5]), ("constant", [1, 1, 1, 1])])
 def test_learning_rates_of_the_papers(kind: str, expected: list[float]) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

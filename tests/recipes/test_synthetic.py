@@ -11,8 +11,9 @@ import torch
 
 from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import PosthocError
+from posthoc.adapters.training_loop import History
 from posthoc.eval.identifiability import orthogonal_alignment
-from posthoc.recipes import options, running, synthetic, synthetic_process
+from posthoc.recipes import options, running, synthetic, synthetic_process, synthetic_report
 from posthoc.recipes.encoders import paper_encoder
 from posthoc.recipes.synthetic import PRESETS, SyntheticConfig, SyntheticStep, make_criterion, stages
 from posthoc.recipes.synthetic_process import Process, make_process
@@ -208,12 +209,31 @@ def test_the_papers_scripts_are_presets_on_its_defaults(name: str) -> None:
         "batch_size": 128, "samples": 128, "negatives": 16, "lr": 1e-4, "phases": 1, "steps": 50_000, "loss": "mcinfonce",
         "kappa_positive": 20.0, "kappa_low": 16.0, "kappa_high": 32.0, "encoder_kappa_low": 16.0, "encoder_kappa_high": 32.0,
         "encoder_width": 0, "encoder_hidden": 6, "mean_negatives": 0, "negative_weight": None, "schedule": "halved",
-        "acceptance": "paper", "sampler": "paper", "reference": True, "hib_scale": 1.0, "hib_shift": 0.0, "learnable": False,
+        "acceptance": "paper", "sampler": "paper", "reference": True, "antithetic": False,
+        "hib_scale": 1.0, "hib_shift": 0.0, "learnable": False,
         "eval_rows": 10_000, "every": 500, "family": "vmf", "spread": 0.5,
     }  # fmt: skip
     expected = {**defaults, **SCRIPTS[name]}
     assert {option: getattr(found, option) for option in expected} == expected
     assert getattr(make_criterion(found), "reference", True)
+
+
+def test_the_learning_curve_of_concentrations_begins_where_they_are_trained() -> None:
+    def history(*values: float) -> History:
+        return History([{"step": 5 * (i + 1), "kappa_spearman": value} for i, value in enumerate(values)])
+
+    halves = {"phase-1-mean": history(0.2, 0.2), "phase-1-kappa": history(0.4, 0.9)}
+    curve = synthetic_report._learning_curve
+    assert curve("kappa_spearman", "kappa", {"kappa_spearman": 0.2}, halves) == ([10, 15, 20], [0.2, 0.4, 0.9])
+    assert curve("kappa_spearman", "mean", {"kappa_spearman": 0.1}, halves)[0] == [0, 5, 10, 15, 20]
+    assert curve("kappa_spearman", "kappa", {"kappa_spearman": 0.1}, {"joint": history(0.3)}) == ([0, 5], [0.1, 0.3])
+
+
+def test_the_table_at_the_end_has_start_and_end() -> None:
+    found = synthetic_report.table({"cosines_spearman": 0.1}, {"cosines_spearman": 0.98765, "coverage": 0.5})
+    _, _, cosines, coverage = found.splitlines()
+    assert cosines.endswith("| 0.100 | 0.988 |")
+    assert coverage.endswith("|  | 0.500 |")
 
 
 def test_concentrations_that_are_infinite_are_not_trained() -> None:
@@ -254,6 +274,8 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(cache: Path, tmp_pa
         (["--batch-size", "100"], "multiple of 64"),
         (["--kappa-low", "0"], "lowest <= highest"),
         (["--lr", "0"], "positive lr"),
+        (["--spread", "-1"], "above -1 and at most 1"),
+        (["--loss", "elk", "--reference", "--encoder-dim", "6"], "4, 8, 10, 16, 32, 64 dimensions"),
     ],
 )
 def test_bad_input_is_one_line(given: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

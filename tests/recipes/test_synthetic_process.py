@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from posthoc.adapters.errors import DataError, OptionError
 from posthoc.adapters.vmf import mean_resultant_length
 from posthoc.recipes import synthetic_process
 from posthoc.recipes.encoders import RangedConcentration, mlp, paper_encoder
+from posthoc.recipes.running import seeded_module
 from posthoc.recipes.synthetic_process import Numbers, Process, ProcessConfig, acceptance_offset, make_process
 
 
@@ -152,6 +154,18 @@ def test_a_blocks_numbers_do_not_depend_on_the_others(process: Process) -> None:
     assert shapes == [(6, 4), (6, 4), None]
 
 
+@pytest.mark.parametrize("sampler", ["exact", "paper"])
+def test_mixed_precision_leaves_the_data_as_they_are(sampler: Any) -> None:
+    config = ProcessConfig(inputs=4, dim=3, lowest=4.0, highest=64.0, sampler=sampler)
+    made = seeded_module(lambda: Process(config), 0)
+    whole = made.draw(numbers(2, 16), 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = made.draw(numbers(2, 16), 3)
+    for one, other in zip(whole, mixed, strict=True):
+        assert one is not None
+        assert torch.equal(one, other)
+
+
 def test_infinite_concentrations_give_the_means(cache: Path) -> None:
     made = make_process(ProcessConfig(inputs=3, dim=3, lowest=math.inf, highest=math.inf), cache, progress=False)
     few = numbers(1, 9)
@@ -170,12 +184,12 @@ def test_shared_concentrations_are_a_function_of_the_mean(cache: Path) -> None:
 def test_a_process_that_cannot_be_conditioned(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(synthetic_process, "TRIES", 1)
     monkeypatch.setattr(synthetic_process, "SMOOTHING_STEPS", 1)
-    with pytest.raises(DataError, match="larger spread"):
-        make_process(ProcessConfig(spread=-1.0), cache, progress=False)
+    with pytest.raises(DataError, match=r"below -0\.999, the lowest was -?0\.\d+: give a larger spread"):
+        make_process(ProcessConfig(spread=-0.999), cache, progress=False)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dim": 1}, {"lowest": 0.0}, {"lowest": 3.0, "highest": 2.0}, {"positive": math.inf}]
+    "wrong", [{"dim": 1}, {"lowest": 0.0}, {"lowest": 3.0, "highest": 2.0}, {"positive": math.inf}, {"spread": -1.0}]
 )
 def test_options_out_of_range(wrong: dict[str, float]) -> None:
     with pytest.raises(OptionError, match="given"):
