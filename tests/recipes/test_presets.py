@@ -14,7 +14,18 @@ import pytest
 from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import DataError
 from posthoc.eval.datasets import check_there
-from posthoc.recipes import anisotropic, anisotropic_images, anisotropic_process, anisotropic_views, cifar10h, synthetic
+from posthoc.recipes import (
+    anisotropic,
+    anisotropic_images,
+    anisotropic_process,
+    cifar10h,
+    decoupled_uniformity,
+    lam,
+    lam_training,
+    synthetic,
+    tau,
+    view_batches,
+)
 from posthoc.recipes.options import RecipeConfig, parse
 from posthoc.recipes.running import row_blocks
 
@@ -34,9 +45,14 @@ RECIPES = {
         anisotropic.AnisotropicConfig, anisotropic.PRESETS, lambda c: c.batch_size // anisotropic_process.BLOCKS
     ),
     "anisotropic_images": Recipe(
-        anisotropic_images.ImagesConfig, anisotropic_images.PRESETS, lambda _: anisotropic_views.BLOCK
+        anisotropic_images.ImagesConfig, anisotropic_images.PRESETS, lambda _: view_batches.BLOCK
     ),
     "cifar10h": Recipe(cifar10h.Cifar10HConfig, cifar10h.PRESETS, lambda c: c.block),
+    "tau": Recipe(tau.TauConfig, tau.PRESETS, lambda _: view_batches.BLOCK),
+    "decoupled_uniformity": Recipe(
+        decoupled_uniformity.UniformityConfig, decoupled_uniformity.PRESETS, lambda _: view_batches.BLOCK
+    ),
+    "lam": Recipe(lam.LamConfig, lam.PRESETS, lambda _: lam_training.BLOCK),
 }
 ALL = [(name, preset) for name, recipe in RECIPES.items() for preset in recipe.presets]
 

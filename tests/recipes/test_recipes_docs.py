@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from posthoc.recipes import anisotropic, anisotropic_images, cifar10h, synthetic
+from posthoc.recipes import (
+    anisotropic,
+    anisotropic_images,
+    cifar10h,
+    decoupled_uniformity,
+    lam,
+    synthetic,
+    tau,
+)
 from posthoc.recipes.options import parse, presets_named
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
@@ -19,6 +27,9 @@ RECIPES: dict[str, tuple[Any, Any]] = {
     "anisotropic": (anisotropic.AnisotropicConfig, anisotropic.PRESETS),
     "images": (anisotropic_images.ImagesConfig, anisotropic_images.PRESETS),
     "cifar10h": (cifar10h.Cifar10HConfig, cifar10h.PRESETS),
+    "tau": (tau.TauConfig, tau.PRESETS),
+    "decoupled_uniformity": (decoupled_uniformity.UniformityConfig, decoupled_uniformity.PRESETS),
+    "lam": (lam.LamConfig, lam.PRESETS),
 }
 NAMES = "|".join(RECIPES)
 LINES = [line for line in re.findall(r"-m posthoc\.recipes\.(\w+)((?: [^\n`|]+)?)", TEXT) if line[0] != "NAME"]
