@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from recipe_runs import carried_out
+from recipe_runs import carried_out, spread
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -90,7 +90,7 @@ def runs(output: Path, names: Sequence[str], seeds: Sequence[int], threads: int)
 def row(name: str, found: list[dict[str, Any]]) -> str:
     """Means and standard deviations over the seeds; the precisions, in their order, are means, the error is the worst."""
     config, precision = found[0]["config"], [one["precision"] for one in found]
-    scores = (spread([one["latents"][score]["mean"] for one in found]) for score in ("r2_held_out", "r2", "mcc"))
+    scores = (spread([one["latents"][score]["mean"] for one in found], 4) for score in ("r2_held_out", "r2", "mcc"))
     learned = np.mean([one["learned"] for one in precision], 0)
     numbers = (
         "; ".join(" ".join(f"{v:.1f}" for v in line) for line in each) for each in (learned, precision[0]["expected"])
@@ -106,11 +106,6 @@ def row(name: str, found: list[dict[str, Any]]) -> str:
         "" if config["loss"] == "infonce" else f"{max(one['worst_relative_error'] for one in precision):.1%}",
     ]
     return f"| {' | '.join(map(str, cells))} |"
-
-
-def spread(values: list[float]) -> str:
-    """Mean and, of several, standard deviation."""
-    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
 
 def milestones(metrics: Path) -> None:

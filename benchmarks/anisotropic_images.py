@@ -10,12 +10,11 @@ run that is there is not computed again.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recipe_runs import carried_out
+from recipe_runs import carried_out, spread
 
 from posthoc.eval.plots import legend, page
 from posthoc.recipes.anisotropic_readout import bars
@@ -35,12 +34,6 @@ def folder_of(output: Path, name: str, seed: int) -> Path:
     return output / f"{name.replace(',', '').replace(' ', '-').lower()}-{seed}"
 
 
-def spread(values: Iterable[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    numbers = np.array(list(values))
-    return f"{numbers.mean():.1f}" + (f" ± {numbers.std(ddof=1):.1f}" if len(numbers) > 1 else "")
-
-
 def table(found: dict[str, list[dict[str, Any]]], names: list[str]) -> list[str]:
     """Representations of some variants down, readouts across."""
     columns = list(found[names[0]][0]["readouts"]["projection"])
@@ -55,7 +48,7 @@ def table(found: dict[str, list[dict[str, Any]]], names: list[str]) -> list[str]
                 continue
             shared.update({level} if common else ())
             loss = "none" if common else name.removeprefix("post-hoc ")
-            cells = " | ".join(spread(row[column] for row in rows) for column in columns)
+            cells = " | ".join(spread([row[column] for row in rows], 1) for column in columns)
             lines.append(f"| {loss} | {level} | {cells} |")
     return lines
 
@@ -67,7 +60,7 @@ def gains(found: dict[str, list[dict[str, Any]]], one: str, other: str) -> str:
         pairs = [(a["readouts"][level], b["readouts"][level]) for a, b in zip(found[one], found[other], strict=True)]
         if all(a == b for a, b in pairs):
             continue
-        both = (f"{kind} {spread(b[kind] - a[kind] for a, b in pairs)}" for kind in ("class", "augmentation"))
+        both = (f"{kind} {spread([b[kind] - a[kind] for a, b in pairs], 1)}" for kind in ("class", "augmentation"))
         lines.append(f"{level}: {', '.join(both)}")
     return f"{other} less {one}, same seed: " + "; ".join(lines)
 
@@ -109,7 +102,7 @@ def main() -> None:
         if not names:
             continue
         minutes = [one["made"]["seconds"] / 60 for name in names for one in found[name]]
-        print(f"{kind}, {len(arguments.seeds)} seeds, {spread(minutes)} minutes a run, {sum(minutes):.0f} in all:\n")
+        print(f"{kind}, {len(arguments.seeds)} seeds, {spread(minutes, 1)} minutes a run, {sum(minutes):.0f} in all:\n")
         print("\n".join(table(found, names)) + "\n")
         file, reference = ("post_hoc.png", "backbone") if post_hoc else ("trained.png", "untrained projection")
         draw(arguments.output / file, found, names, reference)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 def carried_out(
     recipe: str, words: Sequence[str], folder: Path, threads: int | None = None, processes: int = 1
@@ -33,3 +35,8 @@ def carried_out(
         print(log.read_text()[-2000:], file=sys.stderr)
         done.check_returncode()
     return json.loads((folder / "results.json").read_text())
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and, of several, standard deviation, with so many digits behind the point."""
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")

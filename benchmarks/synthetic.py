@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from recipe_runs import carried_out
+from recipe_runs import carried_out, spread
 from tyro.conf import Positional
 
 from posthoc.adapters.files import replace_file
@@ -81,8 +81,7 @@ def row(name: str, runs: list[dict[str, Any]]) -> str:
     cells = [name]
     for column in COLUMNS:
         values = [run["figures"][column] for run in runs if column in run["figures"]]
-        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        cells.append(f"{np.mean(values):.3f}{spread}" if values else "-")
+        cells.append(spread(values, 3) if values else "-")
     seconds = np.mean([sum(run["training_seconds"].values()) for run in runs])
     return "| " + " | ".join([*cells, f"{len(runs)}", f"{seconds:.0f} s"]) + " |"
 

@@ -63,12 +63,13 @@ def linear_r2_each(representation: Array, latent: Array, *, fitted: Array | None
     return score.r2_score(z[scored], model.predict(h[scored]), multioutput="raw_values")
 
 
-def orthogonal_alignment(source: Array, target: Array) -> np.ndarray:
+def orthogonal_alignment(source: Array, target: Array, unique: bool = True) -> np.ndarray:
     """The orthogonal matrix Q, float64 [D, D], that brings `source @ Q` nearest to `target` in least squares.
 
     source, target: [N, D], the same images in two frames, such as learned mean directions and true ones; a reflection is
     allowed. Fit it on rows that are not judged afterwards. Raises DataError for shapes, for numbers that are not finite,
-    and where rows span too few dimensions for one answer. Schönemann, Psychometrika 1966.
+    and where rows span too few dimensions for one answer, unless `unique` is False: any of the nearest is good then for rows
+    of that span. Schönemann, Psychometrika 1966.
     """
     a, b = _pair(source, target)
     if a.shape != b.shape:
@@ -76,7 +77,7 @@ def orthogonal_alignment(source: Array, target: Array) -> np.ndarray:
             f"source {a.shape} and target {b.shape} must have the same dimensions to be turned onto each other"
         )
     left, size, right = np.linalg.svd(a.T @ b)
-    if size[-1] <= 1e-12 * size[0]:
+    if unique and size[-1] <= 1e-12 * size[0]:
         raise DataError(f"{len(a)} rows span fewer than {a.shape[1]} dimensions: give more to find one alignment")
     return left @ right
 

@@ -21,7 +21,6 @@ from torch import nn
 from ..adapters.backbone import Backbone
 from ..adapters.errors import OptionError, PosthocError
 from ..adapters.features import Features
-from ..adapters.losses.elk import PAPER_FIT
 from ..eval.datasets import default_data_dir
 from .cifar10h_data import (
     SETS,
@@ -53,7 +52,7 @@ from .cifar10h_networks import (
 )
 from .cifar10h_report import Fold, Judged, judge
 from .cifar10h_training import ELK, SOFT, Step, Watch, answer, check_rows, make_loss, train_fold
-from .options import Preset, RecipeConfig, check_counts, check_positive
+from .options import Preset, RecipeConfig, check_counts, check_paper_fit, check_positive
 from .running import Run, main, row_blocks, seeded_module
 
 NETWORK = 303  # place of the random numbers
@@ -181,11 +180,7 @@ class Cifar10HConfig(RecipeConfig):
             raise OptionError(f"--batch-size {self.batch_size} was given; expected a multiple of --block {self.block}")
         if self.parametrization == "network" and self.loss != SOFT:
             log_kappa_range(self.dim, self.kappa)
-        if self.loss == ELK and self.reference and self.dim not in PAPER_FIT:
-            raise OptionError(
-                f"--loss elk --reference --dim {self.dim} was given; the paper's normaliser is fitted for "
-                f"{', '.join(map(str, PAPER_FIT))} dimensions: take one of these, or leave --reference out"
-            )
+        check_paper_fit(self, "dim")
         if self.pairs == "all" and self.loss != SOFT and (self.loss != ELK or self.reference or self.phases):
             raise OptionError(
                 f"--pairs all --loss {self.loss} --reference {self.reference} --phases {self.phases} was given; all pairs at "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ..adapters.errors import OptionError, suggest
+from ..adapters.losses.elk import PAPER_FIT
 
 SIZES = ("default", "smoke", "paper")
 """Presets that others are laid on: the first where none of them is named."""
@@ -56,6 +57,16 @@ def check_positive(config: RecipeConfig, *names: str) -> None:
             raise OptionError(
                 f"--{name.replace('_', '-')} {getattr(config, name)} was given; expected a number above 0"
             )
+
+
+def check_paper_fit(config: Any, dim: str) -> None:
+    """Raises OptionError where elk has the paper's normaliser (--loss elk --reference) and no fit of it for the option `dim`."""
+    given = getattr(config, dim)
+    if config.loss == "elk" and config.reference and given not in PAPER_FIT:
+        raise OptionError(
+            f"--loss elk --reference --{dim.replace('_', '-')} {given} was given; the paper's normaliser is fitted for "
+            f"{', '.join(map(str, PAPER_FIT))} dimensions: take one of these, or leave --reference out"
+        )
 
 
 C = TypeVar("C", bound=RecipeConfig)

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from ..adapters.distributed import Launch
 from ..adapters.errors import OptionError, PosthocError
 from ..adapters.losses import ExpectedLikelihoodKernel, HedgedInstance, MCInfoNCE
-from ..adapters.losses.elk import PAPER_FIT
 from ..adapters.training_loop import History, Plan, run_plan, step_generator
 from ..adapters.vmf import VonMisesFisher
 from .encoders import VmfEncoder, paper_encoder
-from .options import Preset, RecipeConfig, check_counts, check_positive
+from .options import Preset, RecipeConfig, check_counts, check_paper_fit, check_positive
 from .running import Run, main, row_blocks, scheduled, seeded_module
 from .synthetic_process import CALIBRATION, Family, Numbers, Process, ProcessConfig, make_process
 from .synthetic_report import Truth, draw_plots, final_figures, round_figures, table
@@ -137,11 +136,7 @@ class SyntheticConfig(RecipeConfig):
             )
         if self.concentration is not None:
             check_positive(self, "concentration")
-        if self.loss == "elk" and self.reference and self.encoder_dim not in PAPER_FIT:
-            raise OptionError(
-                f"--loss elk --reference --encoder-dim {self.encoder_dim} was given; the paper's normaliser is fitted for "
-                f"{', '.join(map(str, PAPER_FIT))} dimensions: take one of these, or leave --reference out"
-            )
+        check_paper_fit(self, "encoder_dim")
         if self.eval_rows < 2 * self.latent_dim + 4:
             raise OptionError(f"--eval-rows {self.eval_rows} was given; expected {2 * self.latent_dim + 4} or more")
         if not 0 < self.encoder_kappa_low <= self.encoder_kappa_high or not 0 < self.lr < math.inf:

@@ -149,6 +149,17 @@ def test_coverage_is_judged_on_images_the_turn_was_not_fitted_on() -> None:
     assert cap_coverage(nonsense, kappa, truth) < 0.2
 
 
+def test_coverage_where_means_lie_in_a_subspace() -> None:
+    rng = np.random.default_rng(0)
+    mu = np.zeros((400, 12))
+    mu[:, :4] = rng.normal(size=(400, 4))
+    mu /= np.linalg.norm(mu, axis=1, keepdims=True)
+    frame = np.linalg.qr(rng.normal(size=(12, 12)))[0]
+    truth = Truth(torch.zeros(400, 1), mu, np.full(400, 1e6), mu)
+    assert cap_coverage(mu @ frame, np.full(400, 1e6), truth) == 1.0
+    assert cap_coverage(rng.permutation(mu) @ frame, np.full(400, 1e6), truth) < 0.5
+
+
 def test_round_figures_are_those_of_the_library() -> None:
     process = unbuilt(SyntheticConfig(**TINY))  # type: ignore[arg-type]
     truth = Truth.of(process, 30, torch.Generator().manual_seed(0))
