@@ -35,7 +35,6 @@ from .decoupled_uniformity_data import Sets, load_sets
 from .decoupled_uniformity_evaluation import check_judged, class_worth, label_worth, projector
 from .decoupled_uniformity_priors import open_prior, smoother
 from .decoupled_uniformity_report import draw, table
-from .image_files import FileImages, FileViewBatches
 from .options import Preset, check_counts, check_positive
 from .pretraining import PretrainingConfig, adamw, augmentation, own_view_found, pretrain, throughput
 from .pretraining_evaluation import encode
@@ -213,7 +212,7 @@ class Uniform(nn.Module):
 class Batches:
     """What `Uniform` takes at a step: what is known of the images (or None), and their views."""
 
-    def __init__(self, views: ViewBatches | FileViewBatches, prior: np.ndarray | None) -> None:
+    def __init__(self, views: ViewBatches, prior: np.ndarray | None) -> None:
         self.views = views
         self.prior = None if prior is None else torch.from_numpy(prior)
 
@@ -271,8 +270,7 @@ def train(
         network.encoder.compile()
     seed = step_generator(config.seed, BATCHES).initial_seed()
     how = altered(config)
-    kind: Any = FileViewBatches if isinstance(sets.train, FileImages) else ViewBatches
-    views = kind(sets.train, how, config.batch_size, seed, run.launch, run.device, config.views)
+    views = ViewBatches(sets.train, how, config.batch_size, seed, run.launch, run.device, config.views)
     batches = Batches(views, prior)
     pair = fixed_views(sets.held_out, how, seed, run.device)
 

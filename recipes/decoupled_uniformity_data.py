@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ..adapters.errors import DataError, OptionError, suggest
 from ..adapters.source_base import Source
@@ -22,9 +21,9 @@ from .decoupled_uniformity_folders import (
     read_imagenet100,
     read_utzappos,
 )
-from .image_files import FileImages
+from .image_files import FileImages, Pictures
+from .image_sets import Chosen, shaped
 from .pretraining import trained_on
-from .pretraining_evaluation import Chosen, shaped_like
 from .view_batches import Images, images_of
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ SIDE, OMNIGLOT = 224, 28
 DRAWERS = 15
 """Of Omniglot's 20 drawers of a character those whose images are trained on; the others' are tested on."""
 ORDER = 701  # place of the random numbers
-Pictures = Images | FileImages
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Sets:
         """What the run stands on, of all images."""
         found: list[np.ndarray | str] = [self.rows]
         for part in (self.train, self.held_out, self.test):
-            found += [part.label, part.source().fingerprint() if isinstance(part, FileImages) else part.pixels.numpy()]
+            found += [part.label, part.fingerprint()]
         return found
 
 
@@ -124,9 +122,8 @@ def _omniglot(config: UniformityConfig, root: Path) -> Sets:
         drawer = np.array([int(Path(path).stem.split("_")[-1]) for path in paths])
         alphabet = np.array([Path(path).parent.parent.name for path in paths])
     order = np.random.default_rng(ORDER).permutation(np.flatnonzero(drawer <= DRAWERS))
-    like = Images(torch.empty(0, 1, OMNIGLOT, OMNIGLOT, dtype=torch.uint8), np.empty(0))
     train, test = (
-        Images(255 - shaped_like(Chosen(source, rows), like).pixels, label[rows])
+        Images(255 - shaped(Chosen(source, rows), 1, OMNIGLOT), label[rows])
         for rows in (order, np.flatnonzero(drawer > DRAWERS))
     )
 

@@ -44,6 +44,17 @@ class Attributes:
         chosen = [i for i, group in enumerate(own) if not groups or group in groups]
         return Attributes(self.values[:, chosen], tuple(self.names[i] for i in chosen))
 
+    def groups(self) -> list[str]:
+        """Every group once, in the order of the columns."""
+        return list(dict.fromkeys(name.split(":", 1)[0] for name in self.names))
+
+    def are_classes(self, group: str, label: np.ndarray) -> bool:
+        """Whether a group is the classes, int64 [N], by another name: two images have the same values just where they are of
+        one class."""
+        value = np.unique(self.of_groups([group]).values, axis=0, return_inverse=True)[1].reshape(-1)
+        pairs = len(np.unique(np.stack([value, label]), axis=1).T)
+        return pairs == len(np.unique(value)) == len(np.unique(label))
+
 
 @dataclass(frozen=True)
 class LabelledFiles:
@@ -102,6 +113,13 @@ def read_cub(root: Path) -> tuple[LabelledFiles, LabelledFiles]:
         raise DataError(
             f"{folder}: images.txt, image_class_labels.txt and train_test_split.txt do not name the same images"
         )
+    for file, words, fits, wanted in (
+        ("image_class_labels.txt", label, lambda word: word.isdecimal() and int(word) > 0, "the number of a class, from 1"),
+        ("train_test_split.txt", split, ("0", "1").__contains__, "0 or 1"),
+    ):
+        wrong = next((key for key, word in words.items() if not fits(word)), None)
+        if wrong is not None:
+            raise DataError(f"{folder / file}, line '{wrong} {words[wrong]}': expected {wanted} behind the image")
     parts = []
     for mark in ("1", "0"):
         keys = [key for key in names if split[key] == mark]
@@ -121,10 +139,16 @@ def _cub_attributes(folder: Path, keys: Sequence[str]) -> Attributes:
     column = {key: place for place, key in enumerate(words)}
     row = {key: place for place, key in enumerate(keys)}
     values = np.full((len(keys), len(column)), np.nan, np.float32)
-    for line in read_lines(folder / "attributes" / "image_attribute_labels.txt"):
-        image, attribute, present, *_ = line.split(None, 3)  # some lines have a column too many, behind these
-        if image in row:
-            values[row[image], column[attribute]] = float(present)
+    said, known = folder / "attributes" / "image_attribute_labels.txt", {"0": 0.0, "1": 1.0}
+    for number, line in enumerate(read_lines(said), 1):
+        cells = line.split(None, 3)  # some lines have a column too many, behind these
+        if len(cells) < 3 or cells[1] not in column or cells[2] not in known:
+            raise DataError(
+                f"{said}, line {number}: {line[:60]!r}; expected an image, an attribute of {found.name}, 0 or 1: unpack the "
+                "archive again"
+            )
+        if cells[0] in row:
+            values[row[cells[0]], column[cells[1]]] = known[cells[2]]
     if np.isnan(values).any():
         raise DataError(
             f"{folder}: {int(np.isnan(values).any(1).sum())} images lack attributes: unpack the archive again"
@@ -136,7 +160,7 @@ def read_utzappos(root: Path) -> tuple[LabelledFiles, LabelledFiles]:
     """`ut-zap50k-images/CATEGORY/SUBCATEGORY/BRAND/CID.jpg`, `ut-zap50k-data/meta-data-bin.csv`; classes: 21 subcategories.
 
     A fixed random `TRAINED_ON` share trains. Attributes: the binary columns, but not Category and SubCategory, which are the
-    classes: 126 are left, as in the paper.
+    classes. The paper has 126; how many are left is not checked here.
     """
     folder = find_folder(
         root, "ut-zap50k", "ut-zap50k-data/meta-data-bin.csv",
@@ -167,7 +191,12 @@ def _zappos_attributes(folder: Path, paths: Sequence[Path]) -> Attributes:
     missing = [key for key in keys if key not in found]
     if missing:
         raise DataError(f"{table}: {len(missing)} of {len(keys)} images have no row, first {missing[0]}")
-    values = np.array([[float(found[key][name]) for name in columns] for key in keys], np.float32)
+    known = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
+    values = np.array([[known.get(found[key][name], np.nan) for name in columns] for key in keys], np.float32)
+    if np.isnan(values).any():
+        row, place = np.argwhere(np.isnan(values))[0]
+        word = found[keys[row]][columns[place]]
+        raise DataError(f"{table}, CID {keys[row]}: {columns[place]} is {word!r}; expected 0 or 1")
     return Attributes(values, tuple(name.replace(".", ":", 1) for name in columns))
 
 
@@ -184,16 +213,22 @@ def read_chexpert(root: Path) -> tuple[LabelledFiles, LabelledFiles]:
     )
     parts = []
     for split in ("train", "valid"):
-        rows = read_table(folder / f"{split}.csv", ("Path", HEALTHY, *PATHOLOGIES))
+        table = folder / f"{split}.csv"
+        rows = read_table(table, ("Path", HEALTHY, *PATHOLOGIES))
         paths = [folder / Path(*Path(row["Path"]).parts[1:]) for row in rows]
         check_files(paths, folder)
-        parts.append(LabelledFiles(paths, np.stack([_findings(row) for row in rows]), folder))
+        label = np.stack([_findings(row, table) for row in rows])
+        parts.append(LabelledFiles(paths, label, folder))
     return parts[0], parts[1]
 
 
-def _findings(row: dict[str, str]) -> np.ndarray:
-    known = {"1": 1.0, "0": 0.0}
-    values = [known.get(row[name].removesuffix(".0"), np.nan) for name in PATHOLOGIES]
-    if row[HEALTHY].removesuffix(".0") == "1":
+def _findings(row: dict[str, str], table: Path) -> np.ndarray:
+    known = {"1": 1.0, "0": 0.0, "-1": np.nan, "": np.nan}
+    said = {name: row[name].strip().removesuffix(".0") for name in (HEALTHY, *PATHOLOGIES)}
+    wrong = next((name for name, word in said.items() if word not in known), None)
+    if wrong is not None:
+        raise DataError(f"{table}, {row['Path']}: {wrong} is {row[wrong]!r}; expected 1, 0, -1 or nothing")
+    values = [known[said[name]] for name in PATHOLOGIES]
+    if said[HEALTHY] == "1":
         values = [value if name == DEVICES else 0.0 for name, value in zip(PATHOLOGIES, values, strict=True)]
     return np.array(values, np.float32)

@@ -26,7 +26,7 @@ from ..adapters.losses.decoupled_uniformity import DecoupledUniformity
 from ..adapters.losses.kernels import smoothing
 from ..eval.datasets import default_data_dir
 from .decoupled_uniformity_data import Sets
-from .pretraining_evaluation import Chosen
+from .image_sets import Chosen
 from .running import Run
 from .small_image_networks import DEPTHS
 from .tau_posthoc import KNOWN, frozen_backbone

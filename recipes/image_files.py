@@ -1,4 +1,4 @@
-"""Images that stay in their files: read, cropped and augmented for each batch, by several threads."""
+"""Images that stay in their files: read, cropped and augmented when they are asked for, by several threads."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as pixels_of
 
-from ..adapters.distributed import Launch
 from ..adapters.errors import DataError
 from ..adapters.source_arrays import FileSource
 from ..adapters.source_loader import load_image
 from .augmentations import Augmentation, augment, draw
-from .view_batches import BLOCK, BlockRows
+from .view_batches import Images, as_floats
 
 THREADS = 8
 CHUNK = 64
@@ -47,8 +46,8 @@ def in_threads(one: Callable[[T], R], many: Sequence[T]) -> list[R]:
 class FileImages:
     """Square images of `side` pixels and `channels` colours (1 or 3) from files; `label` int64 [N] or float [N, L].
 
-    As they are, images are resized and cut to the middle; with `whole` both sides are resized to the square, and nothing is
-    cut off. `base`: the folder that the files' fingerprint leaves out.
+    As they are, images are resized and cut to the middle (`margin`: the shorter side before the cut, over `side`); with `whole`
+    both sides are resized to the square, and nothing is cut off. `base`: the folder that the files' fingerprint leaves out.
     """
 
     paths: Sequence[Path]
@@ -57,9 +56,15 @@ class FileImages:
     channels: int = 3
     whole: bool = False
     base: Path | None = None
+    margin: float = MARGIN
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.channels, self.side, self.side
 
     def rows(self, chosen: np.ndarray) -> FileImages:
         """Those images, int64 [n]."""
@@ -68,45 +73,57 @@ class FileImages:
     def first(self, count: int) -> FileImages:
         return replace(self, paths=self.paths[:count], label=self.label[:count])
 
+    def to(self, device: torch.device) -> FileImages:
+        """Themselves: they stay in their files, and what is made of them is on the CPU."""
+        return self
+
+    def plain(self, chosen: np.ndarray) -> Tensor:
+        """Those images as they are, float32 [n, C, side, side] in 0..1."""
+        return as_floats(self._plain(chosen), torch.device("cpu"))
+
     def chunks(self, device: torch.device) -> Iterator[Tensor]:
         """All images, float32 [n, C, side, side] in 0..1, `CHUNK` at a time."""
         for start in range(0, len(self), CHUNK):
-            yield torch.stack(in_threads(self._plain, self.paths[start : start + CHUNK])).to(device) / 255.0
+            yield as_floats(self._plain(np.arange(start, min(start + CHUNK, len(self)))), device)
+
+    def views(
+        self, chosen: np.ndarray, how: Augmentation, generators: Sequence[torch.Generator], count: int = 1
+    ) -> Tensor:
+        """So many views of those images, one view of all after another, float32 [count n, C, side, side] in 0..1.
+
+        Each image is read once, and its views are cropped from the whole. Each generator is of an equal share of the images, in
+        their order.
+        """
+        each, jobs = len(chosen) // len(generators), []
+        whole = in_threads(lambda row: pixels_of.pil_to_tensor(self._open(row)), chosen.tolist())
+        for _ in range(count):
+            for place, image in enumerate(whole):  # drawn in the order of the rows, whichever thread is first
+                jobs.append((image, draw(how, 1, image.shape, generators[place // each])))
+        return torch.stack(
+            in_threads(lambda job: augment(job[0][None].float() / 255.0, job[1], self.size[1:])[0], jobs)
+        )
 
     def source(self) -> FileSource:
         """The files without labels."""
         return FileSource(self.paths, base=self.base)
 
-    def decoded(self, path: Path) -> Tensor:
-        """A whole image, uint8 [C, H, W]."""
-        return pixels_of.pil_to_tensor(self._open(path))
+    def fingerprint(self) -> str:
+        """What a run stands on that is made of them."""
+        return self.source().fingerprint()
 
-    def _open(self, path: Path) -> Any:
-        return open_image(path).convert("L" if self.channels == 1 else "RGB")
+    def _open(self, row: int) -> Any:
+        return open_image(self.paths[row]).convert("L" if self.channels == 1 else "RGB")
 
-    def _plain(self, path: Path) -> Tensor:
-        image = self._open(path)
-        size = [self.side, self.side] if self.whole else [round(MARGIN * self.side)]
-        small = pixels_of.pil_to_tensor(pixels_of.resize(image, size, antialias=True))
-        return small if self.whole else pixels_of.center_crop(small, [self.side])
+    def _plain(self, chosen: np.ndarray) -> Tensor:
+        """uint8 [n, C, side, side]."""
+
+        def one(row: int) -> Tensor:
+            size = [self.side, self.side] if self.whole else [round(self.margin * self.side)]
+            small = pixels_of.pil_to_tensor(pixels_of.resize(self._open(row), size, antialias=True))
+            return small if self.whole else pixels_of.center_crop(small, [self.side])
+
+        return torch.stack(in_threads(one, chosen.tolist()))
 
 
-class FileViewBatches:
-    """`ViewBatches` of images in files: each image of a batch is read once, and its views are cropped from the whole."""
-
-    def __init__(
-        self, images: FileImages, how: Augmentation, batch_size: int, seed: int, launch: Launch, device: torch.device,
-        views: int = 2,
-    ) -> None:  # fmt: skip
-        self.rows = BlockRows(len(images), batch_size, seed, launch)
-        self.images, self.how, self.device, self.views = images, how, device, views
-
-    def __call__(self, step: int) -> tuple[Tensor, ...]:
-        whole = in_threads(lambda row: self.images.decoded(self.images.paths[row]), self.rows(step).tolist())
-        generators, size = self.rows.generators(step), (self.images.side, self.images.side)
-        jobs = []
-        for _ in range(self.views):
-            for place, image in enumerate(whole):  # drawn in the order of the rows, whichever thread is first
-                jobs.append((image, draw(self.how, 1, image.shape, generators[place // BLOCK])))
-        done = in_threads(lambda job: augment(job[0][None].float() / 255.0, job[1], size)[0], jobs)
-        return torch.stack(done).to(self.device).chunk(self.views)
+Pictures = Images | FileImages
+"""In memory, or in files."""

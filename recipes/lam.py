@@ -19,7 +19,7 @@ from typing import Any, Literal
 from ..adapters.errors import OptionError, PosthocError, suggest
 from ..adapters.metric_laplace import MetricPosterior
 from . import running
-from .lam_data import SIDES, DataOptions, Dataset, load_sets
+from .lam_data import SHAPES, DataOptions, Dataset, load_sets
 from .lam_methods import BASELINES, METHODS, VARIANTS, Inputs, Methods, answer, score
 from .lam_report import Judged, as_results, draw, judge, table
 from .lam_training import BLOCK
@@ -141,7 +141,7 @@ class LamConfig(RecipeConfig):
             raise OptionError(
                 "--dataset msls has places, no labels to vote for: give a number with --prior-precision, such as 1"
             )
-        if self.dataset not in SIDES and self.network in ("pooled", "wide"):
+        if self.dataset not in SHAPES and self.network in ("pooled", "wide"):
             raise OptionError(
                 f"--network {self.network} is for small images: give --dataset {self.dataset} a timm network"
             )

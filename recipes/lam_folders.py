@@ -153,10 +153,13 @@ def check_files(paths: Sequence[Path], folder: Path) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Raises DataError where the file is not there."""
+    """Raises DataError where the file is not there, or no text."""
     if not path.is_file():
         raise DataError(f"{path} is not there: unpack the archive again")
-    return path.read_text().splitlines()
+    try:
+        return path.read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text ({error}): unpack the archive again") from error
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
@@ -168,8 +171,15 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a .csv file. Raises DataError unless it has these columns, and a row."""
-    rows = list(csv.DictReader(read_lines(path)))
-    if not rows or not set(columns) <= set(rows[0]):
+    """The rows of a .csv file. Raises DataError unless it has these columns, and a row, and every row a cell for each column."""
+    reader = csv.DictReader(read_lines(path))
+    head, rows = list(reader.fieldnames or ()), []
+    for row in reader:
+        if None in row or None in row.values():
+            raise DataError(
+                f"{path}, line {reader.line_num}: there is not one cell for each of the {len(head)} columns: unpack the archive again"
+            )
+        rows.append(row)
+    if not rows or not set(columns) <= set(head):
         raise DataError(f"{path}: expected a table with the columns {', '.join(columns)}")
     return rows

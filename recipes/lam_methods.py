@@ -23,7 +23,8 @@ from ..adapters.metric_predictive import MetricEmbedding, summarise
 from ..adapters.metric_prior import GALLERY, QUERIES, choose_prior
 from ..adapters.metric_training import MetricObjective
 from ..adapters.training_loop import History, step_generator
-from .lam_data import Part, Pictures, Sets
+from .image_files import Pictures
+from .lam_data import Part, Sets
 from .lam_networks import EmbeddingNetwork, make_network
 from .lam_training import ROWS, Batches, FaceObjective, HedgedObjective, Step, TrunkRows, Watch, train
 from .running import Run, seeded_module
@@ -61,8 +62,7 @@ class Methods:
     """
 
     def __init__(self, run: Run, config: LamConfig, sets: Sets) -> None:
-        self.run, self.config, self.sets = run, config, sets
-        sets.put(run.device)
+        self.run, self.config, self.sets = run, config, sets.to(run.device)
         self.histories: dict[str, History] = {}
         self.before: dict[str, float] = {}
         self.reports: dict[str, Any] = {}
@@ -137,7 +137,7 @@ class Methods:
         config, rows = self.config, len(self.sets.train)
         network = self._fresh(config.seed)
         posterior = self._posterior(name, network, "all" if config.reference else "images")
-        few = self.sets.train.first(STARTING)
+        few = self.sets.train.some(STARTING)
         x = torch.from_numpy(TrunkRows(network, few, self.device)[np.arange(len(few))])
         precision = 1.0 if config.reference else noise_precision(network, x.to(self.device))
         if config.online_precision is not None:
@@ -205,12 +205,12 @@ class Methods:
         return [Group(base.trunk, shared), *others]
 
     def _few(self) -> Tensor:
-        few = self.sets.train.first(STARTING)
+        few = self.sets.train.some(STARTING)
         return few.pictures.plain(np.arange(len(few))).to(self.device)
 
     def _features(self) -> tuple[Any, Part]:
         """Features of the images that post-hoc curvature is summed over, stored where they fit in memory."""
-        part = self.sets.train.first(self.config.curvature_images or len(self.sets.train))
+        part = self.sets.train.some(self.config.curvature_images or len(self.sets.train))
         rows = TrunkRows(self.networks["deterministic"], part, self.device)
         return (rows[np.arange(len(rows))] if 4 * rows.shape[0] * rows.shape[1] < IN_MEMORY else rows), part
 

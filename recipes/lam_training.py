@@ -13,18 +13,19 @@ from torch.nn import functional
 
 from ..adapters.distributed import Launch
 from ..adapters.embedding_baselines import GaussianEmbedding
-from ..adapters.errors import DataError
 from ..adapters.gathering import gather_rows
 from ..adapters.losses import HedgedGaussian, MutualLikelihood
 from ..adapters.mining import mine_triplets
 from ..adapters.positives import target_masks
-from ..adapters.training import EpochOrder
 from ..adapters.training_loop import History, Plan, Record, run_plan, step_generator
+from .augmentations import Augmentation
+from .image_files import FileImages
 from .lam_data import Part
 from .lam_networks import EmbeddingNetwork, GeneralisedMean
 from .lam_report import found_images
 from .pretraining import Ahead
-from .running import Run, row_blocks, scheduled
+from .running import Run, scheduled
+from .view_batches import BlockRows
 
 if TYPE_CHECKING:
     from .lam import LamConfig
@@ -38,6 +39,7 @@ WATCHED = 1000
 TRIPLETS = 512
 """Mined triplets of a step that HIB compares samples of at most."""
 ORDER, TRAINING, OBJECTIVE = 401, 402, 403  # places of the random numbers
+CROPS = Augmentation(jitter=0.0, grayscale=0.0)
 WARMUP, DECAY = 0.05, 0.01
 """Share of the steps in which a cosine's learning rate rises; of an exponential, per epoch (the paper)."""
 
@@ -49,28 +51,22 @@ Batch = tuple[Tensor, Tensor, list[torch.Generator], torch.Generator]
 class Batches:
     """This process's images of each step, the targets that the loss is of, and random numbers by global rows.
 
-    `gather`: the loss is of all processes' images, and the targets are theirs too; else of this process's.
+    Images of files are cropped at random and mirrored; small ones stay as they are, as in the paper. `gather`: the loss is of all
+    processes' images, and the targets are theirs too; else of this process's.
     """
 
     def __init__(self, part: Part, config: LamConfig, launch: Launch, seed: int) -> None:
-        self.part, self.seed, self.size, self.gather = part, seed, config.batch_size, config.gather
-        self.blocks = row_blocks(config.batch_size, BLOCK, launch)
-        if len(part) < config.batch_size:
-            raise DataError(
-                f"{len(part)} training images are fewer than a batch: give more, or a smaller --batch-size than "
-                f"{config.batch_size}"
-            )
-        self.each = len(part) // config.batch_size
+        self.pictures, self.seed, self.gather = part.pictures, seed, config.gather
+        self.rows = BlockRows(len(part), config.batch_size, seed, launch, BLOCK, ORDER)
         self.target = torch.from_numpy(np.ascontiguousarray(part.target))
-        self.order = EpochOrder(np.arange(len(part)), step_generator(seed, ORDER).initial_seed())
 
     def __call__(self, step: int) -> Batch:
-        epoch, place = divmod(step, self.each)
-        rows = self.order(epoch)[place * self.size : (place + 1) * self.size]
-        own = rows[self.blocks.start * BLOCK : self.blocks.stop * BLOCK]
-        generators = [step_generator(self.seed, TRAINING, step, block) for block in self.blocks]
-        images = self.part.pictures.training(own, generators)
-        target = self.target[torch.from_numpy(rows if self.gather else own)]
+        own, generators = self.rows(step), self.rows.generators(step, TRAINING)
+        if isinstance(self.pictures, FileImages):
+            images = self.pictures.views(own.numpy(), CROPS, generators)
+        else:
+            images = self.pictures.plain(own.numpy())
+        target = self.target[self.rows.whole(step) if self.gather else own]
         return images, target, generators, step_generator(self.seed, OBJECTIVE, step)
 
 
@@ -159,7 +155,7 @@ class Watch:
     """mAP@5 of held-out images by the embedding, and how much is missing of 1, after each epoch."""
 
     def __init__(self, network: EmbeddingNetwork, part: Part, device: torch.device) -> None:
-        self.network, self.part, self.device = network, part.first(WATCHED), device
+        self.network, self.part, self.device = network, part.some(WATCHED), device
 
     @torch.no_grad()
     def __call__(self) -> Record:
@@ -183,16 +179,17 @@ def train(
         groups.append({"params": powers, "lr": 10.0 * config.lr, "weight_decay": 0.0})
     make = torch.optim.RMSprop if config.optimizer == "rmsprop" else torch.optim.AdamW
     optimizer = make(groups)
-    steps = config.epochs * batches.each
+    each = batches.rows.each
+    steps = config.epochs * each
     if config.schedule == "cosine":
         schedule = scheduled("cosine", optimizer, steps, WARMUP)
     else:
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: math.exp(-DECAY * (i // batches.each)))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: math.exp(-DECAY * (i // each)))
     with Ahead(batches) as ahead:
         plan = Plan(
             name=name,
             steps=steps,
-            every=batches.each,
+            every=each,
             batch=ahead,
             evaluate=watch,
             folder=run.folder,

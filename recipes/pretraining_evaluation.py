@@ -2,7 +2,6 @@
 
 train, test = (encode(network, images, device) for images in (train_images, test_images))
 worth(train, test, seed)                                  # {"linear": ..., "nearest_feature": ..., ...}
-others, notes = other_sets(dataset, folder, most, test_images)  # every named set that is at hand
 tables = ood_tables(scores, {name: scores_of(one) for name, one in others.items()}, seed)
 """
 
@@ -15,15 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from ..adapters.errors import DataError
-from ..adapters.source_base import Item, Source, digest
-from ..adapters.source_loader import load_image
 from ..adapters.training_loop import step_generator
-from ..eval.dataset_classes import CLASSES, UNREMOVED, shared_classes
-from ..eval.datasets import SETS, open_named
 from ..eval.ood import ood_table
 from ..eval.plots import Strip, gallery, page
 from ..eval.probe_protocols import TAU, sgd_probe, tau_nearest_label
@@ -74,90 +67,6 @@ def worth(train: Encoded, test: Encoded, seed: int, views: Sequence[np.ndarray] 
             near = tau_nearest_label(views[:count], train.label, [test.projection] * count)
             found[name] = float((near == test.label).mean())
     return found
-
-
-class Chosen(Source):
-    """Some rows of another source, int64 [n], in that order."""
-
-    kind = "rows of a source"
-
-    def __init__(self, source: Source, rows: np.ndarray) -> None:
-        self.source, self.rows = source, rows
-        self.name, self.length = source.name, len(rows)
-
-    def item(self, row: int) -> Item:
-        return self.source.item(int(self.rows[row]))
-
-    def _fingerprint(self, progress: bool) -> str:
-        return digest("rows", self.source.fingerprint(progress), self.rows)
-
-
-def other_sources(dataset: str, data_dir: Path | None, most: int) -> tuple[dict[str, Chosen], dict[str, str]]:
-    """The test images of every other named set that is at hand, and notes by the set's name.
-
-    At most so many of each, evenly spread over the set. Images of classes that both sets have are left out
-    (`eval.dataset_classes`). A set whose files are damaged is left out, and the note says why.
-    """
-    found: dict[str, Chosen] = {}
-    notes: dict[str, str] = {}
-    for name in SETS:
-        if name == dataset:
-            continue
-        try:
-            source = open_named(name, "test", data_dir)
-        except DataError as error:
-            if " are not in " not in str(error):  # there, and damaged
-                notes[name] = str(error)
-            continue
-        rows, note = _rows_of_other_classes(dataset, name, source)
-        found[name] = Chosen(source, spread_over(rows, most))
-        if note:
-            notes[name] = note
-    return found, notes
-
-
-def spread_over(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the rows, evenly."""
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int))]
-
-
-def _rows_of_other_classes(inside: str, name: str, source: Source) -> tuple[np.ndarray, str]:
-    assert source.length is not None
-    rows = np.arange(source.length)
-    shared = shared_classes(inside, name)
-    if not shared:
-        return rows, UNREMOVED.get(frozenset((inside, name)), "")
-    odd = np.isin(source.column("label"), [CLASSES[name].index(one) for one in shared])
-    return rows[~odd], f"without {odd.sum()} images of classes that {inside} has too"
-
-
-def other_sets(
-    dataset: str, data_dir: Path | None, most: int, like: Images
-) -> tuple[dict[str, Images], dict[str, str]]:
-    """`other_sources` in the shape of `like`: resized by their shorter side and cut to the middle."""
-    sources, notes = other_sources(dataset, data_dir, most)
-    return {name: shaped_like(source, like) for name, source in sources.items()}, notes
-
-
-def shaped_like(source: Source, like: Images) -> Images:
-    """The images of a source, resized (bilinear, antialiased) and cut to the size and the colours of `like`; labels are rows."""
-    channels, size = like.pixels.shape[1], like.pixels.shape[2]
-    pixels = torch.empty(len(source), channels, size, size, dtype=torch.uint8)
-    for row in range(len(source)):
-        image = load_image(source.item(row).image)
-        if not isinstance(image, Image.Image):
-            raise DataError(f"{source.name} holds tensors; expected images")
-        pixels[row] = _square(image.convert("L" if channels == 1 else "RGB"), size)
-    return Images(pixels, np.arange(len(source)))
-
-
-def _square(image: Image.Image, size: int) -> Tensor:
-    scale = size / min(image.size)
-    width, height = (max(size, round(scale * side)) for side in image.size)
-    left, top = (round((side - size) / 2) for side in (width, height))
-    small = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    array = np.array(small)
-    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
 
 
 def ood_tables(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapters.distributed import Launch
 from ..adapters.errors import BackboneError, suggest
 from .networks import StridedConvNet
-from .small_image_networks import DEPTHS, RESNET_STATISTICS, group_normalised, small_image_network
+from .small_image_networks import DEPTHS, Normalised, group_normalised, small_image_network
 
 Norm = Literal["group", "batch"]
 Stem = Literal["cifar", "own"]
@@ -24,26 +24,17 @@ CIFARS = 64
 
 
 class Encoder(nn.Module):
-    """Images [B, C, H, W] in 0..1 -> pooled features [B, size] of a network that takes normalised ones, channels last.
-
-    The colours' means and deviations are ImageNet's, of grey images their means.
-    """
-
-    mean: Tensor
-    std: Tensor
+    """Images [B, C, H, W] in 0..1 -> pooled features [B, size] of a network that takes `Normalised` ones, channels last."""
 
     def __init__(self, network: nn.Module, channels: int, pixels: int) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for name, values in zip(("mean", "std"), RESNET_STATISTICS, strict=True):
-            colours = torch.tensor(values if channels == 3 else [sum(values) / 3])
-            self.register_buffer(name, colours[:, None, None], persistent=False)
+        self.normalised = Normalised(channels)
         with torch.no_grad():
             self.size = int(self.eval()(torch.zeros(2, channels, pixels, pixels)).shape[1])
 
     def forward(self, images: Tensor) -> Tensor:
-        x = (images - self.mean) / self.std
-        return self.network(x.contiguous(memory_format=torch.channels_last))
+        return self.network(self.normalised(images).contiguous(memory_format=torch.channels_last))
 
 
 class PretrainingNetwork(nn.Module):

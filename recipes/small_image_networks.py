@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.errors import BackboneError
 from .networks import CifarResNet
@@ -20,14 +20,33 @@ SMALL_IMAGES: dict[str, dict[str, Any]] = {
     "convnext": {"patch_size": 2},
 }
 """What timm is told so that a family takes images of 32 px, by how the name begins; their stems need nothing else."""
-RESNET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
-"""Means and deviations of the colours: those ResNet-20 and 56 were trained with, and CIFAR-10's."""
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+"""Means and deviations of the colours of ImageNet and of CIFAR-10.
+
+Networks get ImageNet's (`Normalised`), which timm's weights and those of ResNet-20 and 56 were trained with; but those of the
+recipe `cifar10h` without weights, which get CIFAR-10's (`statistics`)."""
 
 
 def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Means and deviations of the colours a network is given."""
-    return RESNET_STATISTICS if name in DEPTHS else STATISTICS
+    """Means and deviations of the colours that a network of the recipe `cifar10h` is given."""
+    return IMAGENET if name in DEPTHS else CIFAR10
+
+
+class Normalised(nn.Module):
+    """Images [B, C, H, W] in 0..1 by ImageNet's means and deviations of the colours; grey ones by the averages of these."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, values in zip(("mean", "std"), IMAGENET, strict=True):
+            colours = torch.tensor(values if channels == 3 else [sum(values) / 3])
+            self.register_buffer(name, colours[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
 
 
 def small_image_network(

@@ -29,6 +29,7 @@ from ..adapters.losses.tau import temperature
 from ..adapters.training_loop import History, Record, step_generator
 from ..eval.dataset_classes import CLASSES
 from . import running
+from .image_sets import other_sets
 from .options import Preset, check_counts, check_positive
 from .pretraining import (
     PretrainingConfig,
@@ -44,7 +45,6 @@ from .pretraining_evaluation import (
     certainty_grid,
     encode,
     ood_tables,
-    other_sets,
     picture_of,
     save_scores,
     worth,

@@ -23,20 +23,12 @@ from ..adapters.weights import load_strictly, read_checkpoint
 from ..eval.baselines import LOGIT_SCORES, inverse_norm, knn
 from ..eval.datasets import default_data_dir, is_named, open_named
 from .cifar10h_networks import cifar_backbone
-from .pretraining_evaluation import (
-    Chosen,
-    certainty_grid,
-    ood_tables,
-    other_sources,
-    save_scores,
-    shaped_like,
-    spread_over,
-)
+from .image_sets import Chosen, other_sources, shaped, spread_over
+from .pretraining_evaluation import certainty_grid, ood_tables, save_scores
 from .running import Run, seeded
 from .small_image_networks import DEPTHS
 from .tau_report import draw_ood, ood_lines
 from .tau_scores import NEIGHBOURS
-from .view_batches import Images
 
 if TYPE_CHECKING:
     from .tau import TauConfig
@@ -222,10 +214,9 @@ def shown(
     results: Mapping[str, Any],
 ) -> None:
     """Scores and pictures into the run's folder, and the table onto the screen. label: of the test images, if known."""
-    small = Images(torch.empty(0, 3, SIDE, SIDE, dtype=torch.uint8), np.empty(0))
 
     def picture(row: int) -> np.ndarray:
-        return shaped_like(Chosen(test, np.array([row])), small).pixels[0].permute(1, 2, 0).numpy()
+        return shaped(Chosen(test, np.array([row])), 3, SIDE)[0].permute(1, 2, 0).numpy()
 
     own = {name: scores[config.dataset][name] for name in ("tau", "-r^2, as released")}
     save_scores(config.output / "scores", scores)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +39,16 @@ class Labelled(Protocol):
         ...
 
 
+class Viewed(Protocol):
+    """Images that views are made of: `Images`, or `image_files.FileImages`."""
+
+    def __len__(self) -> int: ...
+    def to(self, device: torch.device) -> Viewed: ...
+    def views(
+        self, chosen: np.ndarray, how: Augmentation, generators: Sequence[torch.Generator], count: int = 1
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Images:
     """Images uint8 [N, C, H, W] in memory and their labels int64 [N]."""
@@ -46,16 +56,51 @@ class Images:
     pixels: Tensor
     label: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
     def first(self, count: int) -> Images:
         return Images(self.pixels[:count], self.label[:count])
 
     def rows(self, chosen: np.ndarray) -> Images:
         """Those images, int64 [n]."""
-        return Images(self.pixels[torch.from_numpy(chosen)], self.label[chosen])
+        return Images(self._at(chosen), self.label[chosen])
+
+    def to(self, device: torch.device) -> Images:
+        """The same images on the device: what is made of them is there too."""
+        return Images(self.pixels.to(device), self.label)
+
+    def plain(self, chosen: np.ndarray) -> Tensor:
+        """Those images as they are, float32 [n, C, H, W] in 0..1, where they lie."""
+        return as_floats(self._at(chosen), self.pixels.device)
 
     def chunks(self, device: torch.device) -> Iterator[Tensor]:
         """All images, float32 in 0..1, `CHUNK` at a time."""
         return (as_floats(part, device) for part in self.pixels.split(CHUNK))
+
+    def views(
+        self, chosen: np.ndarray, how: Augmentation, generators: Sequence[torch.Generator], count: int = 1
+    ) -> Tensor:
+        """So many views of those images, one view of all after another, float32 [count n, C, H, W] in 0..1, where they lie.
+
+        Each generator is of an equal share of the images, in their order.
+        """
+        each = len(chosen) // len(generators)
+        done = join([draw(how, each, self.size, one) for _ in range(count) for one in generators])
+        return augment(self.plain(chosen).repeat(count, 1, 1, 1), done)
+
+    def fingerprint(self) -> np.ndarray:
+        """What a run stands on that is made of them."""
+        return self.pixels.cpu().numpy()
+
+    def _at(self, chosen: np.ndarray) -> Tensor:
+        return self.pixels[torch.from_numpy(chosen).to(self.pixels.device)]
 
 
 def load_images(name: str, split: str, data_dir: Path | None) -> Images:
@@ -79,27 +124,33 @@ def as_floats(pixels: Tensor, device: torch.device) -> Tensor:
 class BlockRows:
     """This process's rows of each batch, int64 [b], in an order of their own for each epoch.
 
-    each: batches of an epoch, of which what is left over is dropped. Raises OptionError for fewer rows than a batch, or a
-    batch that the processes cannot share.
+    each: batches of an epoch, of which what is left over is dropped. block: rows that share a generator; order: the stream of
+    random numbers that the rows' order is of. Raises OptionError for fewer rows than a batch, or a batch that the processes
+    cannot share.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int, launch: Launch) -> None:
+    def __init__(
+        self, rows: int, batch_size: int, seed: int, launch: Launch, block: int = BLOCK, order: int = ORDER
+    ) -> None:
         if rows < batch_size:
             raise OptionError(
                 f"a batch of {batch_size} rows was asked for and there are {rows} images: give a smaller one"
             )
-        self.blocks = row_blocks(batch_size, BLOCK, launch)
-        self.order = EpochOrder(np.arange(rows), step_generator(seed, ORDER).initial_seed())
+        self.blocks = row_blocks(batch_size, block, launch)
+        self.own = slice(self.blocks.start * block, self.blocks.stop * block)
+        self.order = EpochOrder(np.arange(rows), step_generator(seed, order).initial_seed())
         self.each, self.batch_size, self.seed = rows // batch_size, batch_size, seed
 
     def __call__(self, step: int) -> Tensor:
+        return self.whole(step)[self.own]
+
+    def whole(self, step: int) -> Tensor:
+        """The rows of all processes."""
         epoch, place = divmod(step, self.each)
-        start = place * self.batch_size
-        own = slice(start + self.blocks.start * BLOCK, start + self.blocks.stop * BLOCK)
-        return torch.from_numpy(self.order(epoch)[own])
+        return torch.from_numpy(self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size])
 
     def generators(self, step: int, stream: int = TRAINING) -> list[torch.Generator]:
-        """One for each `BLOCK` of this process's rows; those of another stream draw other numbers."""
+        """One for each block of this process's rows; those of another stream draw other numbers."""
         return [step_generator(self.seed, stream, step, block) for block in self.blocks]
 
 
@@ -110,21 +161,19 @@ class ViewBatches:
         first, second = batches(step)
         images.label[batches.rows(step)]  # of the same images
 
-    The images lie on the device, 8 bits a number, and are augmented there. Raises as `BlockRows`.
+    Images in memory lie on the device, 8 bits a number, and are augmented there. Raises as `BlockRows`.
     """
 
     def __init__(
-        self, images: Images, how: Augmentation, batch_size: int, seed: int, launch: Launch, device: torch.device,
+        self, images: Viewed, how: Augmentation, batch_size: int, seed: int, launch: Launch, device: torch.device,
         views: int = 2,
     ) -> None:  # fmt: skip
-        self.rows = BlockRows(len(images.pixels), batch_size, seed, launch)
-        self.pixels, self.how, self.device, self.views = images.pixels.to(device), how, device, views
+        self.rows = BlockRows(len(images), batch_size, seed, launch)
+        self.images, self.how, self.device, self.views = images.to(device), how, device, views
 
     def __call__(self, step: int) -> tuple[Tensor, ...]:
-        x = as_floats(self.pixels[self.rows(step).to(self.device)], self.device)
-        generators, shape = self.rows.generators(step), self.pixels.shape[1:]
-        done = join([draw(self.how, BLOCK, shape, g) for _ in range(self.views) for g in generators])
-        return augment(x.repeat(self.views, 1, 1, 1), done).chunk(self.views)
+        rows, generators = self.rows(step).numpy(), self.rows.generators(step)
+        return self.images.views(rows, self.how, generators, self.views).to(self.device).chunk(self.views)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from posthoc.recipes.anisotropic_images import ImagesConfig
 from posthoc.recipes.anisotropic_readout import Judged, bars, readout, table
 from posthoc.recipes.anisotropic_views import feature_batches, image_part
 from posthoc.recipes.augmentations import Augmentation, augment, draw
-from posthoc.recipes.digits import load_digits
 from posthoc.recipes.networks import CifarResNet, StridedConvNet
 from posthoc.recipes.running import seeded
 from posthoc.recipes.view_batches import BLOCK, CHUNK, Images, ViewBatches, load_images
 
 from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
+from .recipe_data import write_digits
 
 CPU, ALONE = torch.device("cpu"), Launch(0, 1)
 TINY = "--dataset fashion-mnist --data-dir data --width 8 --read-images 360 --batch-size 64 --dim 16"
@@ -38,15 +38,7 @@ SHORT = [*SMALL, "--read-images", "200", "--steps", "8", "--every", "2", "--outp
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1,400 digits of 16 x 16 px and 397 others, in the layout of FashionMNIST."""
     place = tmp_path_factory.mktemp("images")
-    raw = place / "data" / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    digits = load_digits(known=10)
-    pixels = np.stack([np.asarray(one) for one in digits.images]).repeat(2, 1).repeat(2, 2)
-    order = np.random.default_rng(0).permutation(len(pixels))
-    for name, rows in (("train", order[:1400]), ("t10k", order[1400:])):
-        for kind, array in (("images-idx3", pixels[rows]), ("labels-idx1", digits.label[rows].astype(np.uint8))):
-            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            (raw / f"{name}-{kind}-ubyte").write_bytes(head + array.tobytes())
+    write_digits(place / "data")
     return place
 
 

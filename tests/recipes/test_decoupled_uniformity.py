@@ -31,12 +31,12 @@ from posthoc.recipes.decoupled_uniformity_data import load_sets
 from posthoc.recipes.decoupled_uniformity_evaluation import representation
 from posthoc.recipes.decoupled_uniformity_folders import Attributes
 from posthoc.recipes.decoupled_uniformity_priors import open_prior, smoother
-from posthoc.recipes.digits import load_digits
 from posthoc.recipes.options import parse
 from posthoc.recipes.vae import ConvVAE, divergence
 from posthoc.recipes.view_batches import ViewBatches
 
 from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
+from .recipe_data import write_digits, write_idx
 
 CPU, ALONE = torch.device("cpu"), Launch(0, 1)
 TINY = "--dataset fashion-mnist --data-dir data --width 8 --hidden 32 --dim 16 --batch-size 64 --throughput-steps 0"
@@ -48,20 +48,8 @@ VAE = [*SHORT, "--prior", "vae", "--vae-epochs", "1", "--vae-dim", "4", "--outpu
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1,400 digits of 16 x 16 px and 397 others to test, in FashionMNIST's files."""
     place = tmp_path_factory.mktemp("uniformity")
-    digits = load_digits(known=10)
-    pixels = np.stack([np.asarray(one) for one in digits.images]).repeat(2, 1).repeat(2, 2)
-    order = np.random.default_rng(0).permutation(len(pixels))
-    write(place / "data", pixels[order], digits.label[order], 1400)
+    write_digits(place / "data")
     return place
-
-
-def write(data: Path, pixels: np.ndarray, label: np.ndarray, cut: int) -> None:
-    raw = data / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part, rows in (("train", slice(0, cut)), ("t10k", slice(cut, None))):
-        for kind, array in (("images-idx3", pixels[rows]), ("labels-idx1", label[rows].astype(np.uint8))):
-            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.tobytes())
 
 
 def small(folder: Path, **more: Any) -> UniformityConfig:
@@ -199,7 +187,9 @@ def test_sgd_does_not_shrink_biases() -> None:
 def test_priors_by_name(folder: Path, tmp_path: Path) -> None:
     """A network's embedding is what `posthoc features` writes of it, each of the images that are trained on."""
     rng = np.random.default_rng(0)
-    write(tmp_path / "data", rng.integers(0, 256, (76, 16, 16), dtype=np.uint8), np.arange(76) % 4, 64)
+    for part, count in (("train", 64), ("t10k", 12)):
+        raw = tmp_path / "data" / "FashionMNIST" / "raw"
+        write_idx(raw, part, rng.integers(0, 256, (count, 16, 16), dtype=np.uint8), np.arange(count) % 4)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), tmp_path / "w.safetensors")

@@ -25,8 +25,9 @@ from posthoc.recipes.decoupled_uniformity_folders import (
     read_utzappos,
 )
 from posthoc.recipes.decoupled_uniformity_priors import read_prior
-from posthoc.recipes.image_files import FileImages, FileViewBatches
+from posthoc.recipes.image_files import FileImages
 from posthoc.recipes.pretraining_evaluation import Encoded
+from posthoc.recipes.view_batches import ViewBatches
 
 from .recipe_children import results
 from .test_lam_data import picture
@@ -250,8 +251,8 @@ def test_views_of_files_belong_to_rows_of_the_whole_launch(tmp_path: Path) -> No
         picture(tmp_path / f"{k}.png", k, (20, 30))
     images = FileImages([tmp_path / f"{k}.png" for k in range(70)], np.arange(70), 12)
     how = Augmentation()
-    whole = FileViewBatches(images, how, 64, 5, Launch(0, 1), CPU, 3)
-    halves = [FileViewBatches(images, how, 64, 5, Launch(rank, 2), CPU, 3) for rank in (0, 1)]
+    whole = ViewBatches(images, how, 64, 5, Launch(0, 1), CPU, 3)
+    halves = [ViewBatches(images, how, 64, 5, Launch(rank, 2), CPU, 3) for rank in (0, 1)]
     views = whole(1)
     assert [view.shape for view in views] == [(64, 3, 12, 12)] * 3
     for number, view in enumerate(views):

@@ -17,17 +17,10 @@ from posthoc.recipes.lam import PRESETS, LamConfig
 from posthoc.recipes.options import parse
 
 from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
+from .recipe_data import write_idx
 
 SIZE = (1, 28, 28)
 SOME = "deterministic mc-dropout ensemble pfe hib post-hoc-euclidean-full online-arccos-fixed"
-
-
-def write_idx(path: Path, images: np.ndarray, label: np.ndarray) -> None:
-    """MNIST's two files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for array, name in ((images, "images-idx3"), (label.astype(np.uint8), "labels-idx1")):
-        head = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
-        path.with_name(f"{path.name}-{name}-ubyte").write_bytes(head + array.tobytes())
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in (("train", 300), ("t10k", 80)):
         label = np.arange(count) % 10
         noisy = kinds[label] + rng.normal(0, 30, (count, 28, 28))
-        write_idx(folder / "FashionMNIST/raw" / name, noisy.clip(0, 255).astype(np.uint8), label)
-        write_idx(folder / "MNIST/raw" / name, rng.integers(0, 256, (40, 28, 28), np.uint8), np.arange(40) % 10)
+        write_idx(folder / "FashionMNIST/raw", name, noisy.clip(0, 255).astype(np.uint8), label)
+        write_idx(folder / "MNIST/raw", name, rng.integers(0, 256, (40, 28, 28), np.uint8), np.arange(40) % 10)
     return folder
 
 

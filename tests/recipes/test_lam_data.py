@@ -12,11 +12,14 @@ from PIL import Image
 
 from posthoc.adapters.errors import DataError, PosthocError
 from posthoc.adapters.training_loop import step_generator
-from posthoc.recipes.lam_data import OTHERS, DataOptions, FilePictures, load_sets
+from posthoc.recipes.image_files import FileImages
+from posthoc.recipes.lam_data import MARGIN, OTHERS, DataOptions, load_sets
 from posthoc.recipes.lam_folders import read_cub200, read_lfw, read_msls
+from posthoc.recipes.lam_networks import Prepared
+from posthoc.recipes.lam_training import CROPS
 
 from .recipe_children import results
-from .test_lam import write_idx
+from .recipe_data import write_idx
 
 
 def options(root: Path, dataset: Any, **more: Any) -> DataOptions:
@@ -88,7 +91,7 @@ def test_a_closed_set_holds_out_training_images(tmp_path: Path) -> None:
     for name, count in (("train", 50), ("t10k", 20)):
         images = rng.integers(0, 256, (count, 28, 28), np.uint8)
         images[:, 0, 0], images[:, 0, 1] = np.arange(count), len(name)
-        write_idx(tmp_path / "FashionMNIST/raw" / name, images, np.arange(count) % 10)
+        write_idx(tmp_path / "FashionMNIST/raw", name, images, np.arange(count) % 10)
     found = load_sets(options(tmp_path, "fashion-mnist", test_images=8))
     numbers = [(255 * part.pictures.plain(np.arange(len(part)))[:, 0, 0, :2]).round().int() for part in found.parts]
     assert [len(part) for part in found.parts] == [40, 10, 8]
@@ -163,12 +166,12 @@ def test_msls_holds_out_cities_and_leaves_out_panoramas(tmp_path: Path) -> None:
 def test_images_of_files_are_cropped_at_random_to_train_on_only(tmp_path: Path) -> None:
     for k in range(3):
         picture(tmp_path / f"{k}.png", k, (50, 60 + k))
-    pictures = FilePictures([tmp_path / f"{k}.png" for k in range(3)], tmp_path, 32)
+    pictures = FileImages([tmp_path / f"{k}.png" for k in range(3)], np.arange(3), 32, base=tmp_path, margin=MARGIN)
     rows = np.arange(3)
     plain = pictures.plain(rows)
     assert plain.shape == (3, 3, 32, 32)
     assert torch.equal(plain[1:], pictures.plain(rows[1:]))
-    one, again, other = (pictures.training(rows, [step_generator(seed)]) for seed in (0, 0, 1))
+    one, again, other = (pictures.views(rows, CROPS, [step_generator(seed)]) for seed in (0, 0, 1))
     assert one.shape == plain.shape
     assert torch.equal(one, again)
     assert not torch.allclose(one, other)
@@ -212,7 +215,9 @@ def test_ood_sets_are_read_as_the_images_they_are_compared_with(shared: Path, tm
     assert {name: (len(one), one.size) for name, one in found.ood.items()} == {
         "tiny-imagenet": (12, (3, 32, 32)), "dtd": (12, (3, 32, 32)),
     }  # fmt: skip
-    assert found.test.pictures.plain(np.arange(12)).std() == pytest.approx(1.3, abs=0.1), "normalised as ImageNet"
+    plain = found.test.pictures.plain(np.arange(12))
+    assert Prepared(3)(plain).std() == pytest.approx(1.3, abs=0.1), "the network normalises colours as ImageNet's"
+    assert torch.equal(Prepared(1)(plain[:, :1]), plain[:, :1]), "and takes grey images as they are"
 
 
 def assert_learnt(found: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from posthoc.adapters.positives import label_masks
 from posthoc.adapters.training_loop import step_generator
 from posthoc.recipes import lam, lam_methods
 from posthoc.recipes.lam import LamConfig
-from posthoc.recipes.lam_data import Part, PixelPictures, Sets
+from posthoc.recipes.lam_data import Part, Sets
 from posthoc.recipes.lam_methods import (
     DropoutHead,
     EnsembleHead,
@@ -42,6 +42,7 @@ from posthoc.recipes.lam_networks import EmbeddingNetwork, GeneralisedMean, make
 from posthoc.recipes.lam_report import found_images, judge, table
 from posthoc.recipes.lam_training import BLOCK, TRIPLETS, Batches, FaceObjective, HedgedObjective, Step, Watch, train
 from posthoc.recipes.running import seeded
+from posthoc.recipes.view_batches import Images
 
 from .test_lam import SIZE
 
@@ -130,6 +131,10 @@ def test_a_batch_with_nothing_to_compare_can_be_gone_back_through(kind: str) -> 
     assert float(loss.detach()) == 0.0
 
 
+def pictures_of(pixels: np.ndarray, target: np.ndarray) -> Images:
+    return Images(torch.from_numpy(pixels), target)
+
+
 def gaussian_of(x: torch.Tensor) -> Any:
     from posthoc.adapters.embedding_baselines import GaussianEmbedding
 
@@ -144,19 +149,23 @@ def gaussian_of(x: torch.Tensor) -> Any:
 
 def test_small_images_lie_on_the_device_as_they_are() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (7, 3, 8, 8), np.uint8)
-    pictures = PixelPictures(pixels, True)
-    np.testing.assert_array_equal(pictures.fingerprint(), pixels)
-    plain = pictures.plain(np.arange(3))
-    part = Part(pictures, np.arange(7))
-    Sets(part, part, part, {}).put(torch.device("meta"))
-    assert (pictures.pixels.device.type, pictures.pixels.dtype) == ("meta", torch.uint8)
-    there = pictures.first(4).training(np.arange(3), [])
-    assert (there.device.type, there.dtype, there.shape) == ("meta", plain.dtype, plain.shape)
+    part = Part(Images(torch.from_numpy(pixels), np.arange(7)), np.arange(7) > 2)
+    np.testing.assert_array_equal(part.pictures.fingerprint(), pixels)
+    plain = part.pictures.plain(np.arange(3))
+    np.testing.assert_allclose(plain, pixels[:3] / 255, rtol=1e-6)
+    there = Sets(part, part, part, {"other": part.pictures}).to(torch.device("meta"))
+    for one in (*there.parts, Part(there.ood["other"])):
+        pictures: Any = one.pictures
+        assert (pictures.pixels.device.type, pictures.pixels.dtype) == ("meta", torch.uint8)
+        made = one.some(4).pictures.plain(np.arange(3))
+        assert (made.device.type, made.dtype, made.shape) == ("meta", plain.dtype, plain.shape)
+    assert there.test.some(3).target.tolist() == [0, 3, 6]
+    assert there.test.some(3).query is not None
 
 
 def test_batches_are_made_while_the_network_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """By another thread, in their order, and each of them once."""
-    part = Part(PixelPictures(np.zeros((32, *SIZE), np.uint8), False), np.arange(32) % 4)
+    part = Part(pictures_of(np.zeros((32, *SIZE), np.uint8), np.arange(32) % 4))
     config: Any = LamConfig(batch_size=16, epochs=2)
     batches, made = Batches(part, config, Launch(0, 1), 0), []
     call = Batches.__call__
@@ -174,9 +183,8 @@ def test_batches_are_made_while_the_network_is_busy(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_blocks_of_a_batch_are_those_of_any_process() -> None:
-    part = Part(
-        PixelPictures(np.random.default_rng(0).integers(0, 256, (100, *SIZE), np.uint8), False), np.arange(100) % 5
-    )
+    pixels = np.random.default_rng(0).integers(0, 256, (100, *SIZE), np.uint8)
+    part = Part(pictures_of(pixels, np.arange(100) % 5))
     config = LamConfig(batch_size=64)
     whole = Batches(part, config, Launch(0, 1), 0)(4)
     halves = [Batches(part, config, Launch(rank, 2), 0)(4) for rank in (0, 1)]
@@ -241,9 +249,9 @@ def test_the_draws_of_one_method_are_kept_at_a_time(monkeypatch: pytest.MonkeyPa
     """And none where nothing can vote; all images get the answers of one pass."""
     monkeypatch.setattr(lam_methods, "ROWS", 16)
     rng = np.random.default_rng(0)
-    pictures = PixelPictures(rng.integers(0, 256, (40, *SIZE), np.uint8), False)
-    target = rng.uniform(0, 200, (40, 2)) if places else np.arange(40) % 10
-    test = Part(pictures, target, np.arange(40) % 3 == 0 if places else None)
+    pixels = rng.integers(0, 256, (40, *SIZE), np.uint8)
+    pictures = pictures_of(pixels, rng.uniform(0, 200, (40, 2)) if places else np.arange(40) % 10)
+    test = Part(pictures, np.arange(40) % 3 == 0 if places else None)
     networks = [network_of(0.5), network_of(0.5)]
     heads = {str(seed): DropoutHead(networks[0], 3, seed) for seed in (1, 2)}
     groups = [Group(nn.Identity(), {"deterministic": point_of(networks[0]), **heads})]
@@ -340,7 +348,7 @@ def test_a_timm_trunk_keeps_its_statistics_and_trains_all_else() -> None:
 def test_figures_are_the_references(shared: Path, name: str) -> None:
     golden = np.load(shared / f"golden/lam/{name}.npz")
     z, label = torch.from_numpy(golden["z"]), golden["labels"]
-    part = Part(PixelPictures(np.zeros((len(z), *SIZE), np.uint8), False), label)
+    part = Part(pictures_of(np.zeros((len(z), *SIZE), np.uint8), label))
     zeros = torch.zeros(len(z))
     samples = torch.from_numpy(golden["z_samples"]).transpose(0, 1)
     score = np.random.default_rng(0).random(len(z))
@@ -357,7 +365,7 @@ def test_places_are_found_within_25_metres_of_a_query() -> None:
     rng = np.random.default_rng(0)
     target, query = rng.uniform(0, 200, (60, 2)), np.arange(60) % 3 == 0
     z = functional.normalize(torch.from_numpy(rng.normal(size=(60, 4))), dim=1).numpy()
-    found = found_images(z, Part(PixelPictures(np.zeros((60, *SIZE), np.uint8), False), target, query))
+    found = found_images(z, Part(pictures_of(np.zeros((60, *SIZE), np.uint8), target), query))
     rows, places = np.flatnonzero(query), np.flatnonzero(~query)
     for i, row in enumerate(rows):
         near = np.linalg.norm(target[places] - target[row], axis=1) < 25

@@ -22,18 +22,13 @@ from posthoc.adapters.training_loop import run_plan, step_generator
 from posthoc.eval.dataset_classes import CLASSES
 from posthoc.eval.probe_protocols import TAU, sgd_probe
 from posthoc.recipes.augmentations import Augmentation
+from posthoc.recipes.image_sets import Chosen, other_sets, other_sources, shaped, spread_over
 from posthoc.recipes.pretraining import Ahead, PretrainingConfig, own_view_found, throughput
-from posthoc.recipes.pretraining_evaluation import (
-    PROBE,
-    Chosen,
-    Encoded,
-    other_sources,
-    shaped_like,
-    spread_over,
-    worth,
-)
+from posthoc.recipes.pretraining_evaluation import PROBE, Encoded, worth
 from posthoc.recipes.pretraining_networks import PretrainingNetwork, image_encoder, projection_head, synchronised
 from posthoc.recipes.view_batches import BLOCK, Augmented, Images, ViewBatches, fixed_views
+
+from .recipe_data import write_idx
 
 CPU, ALONE = torch.device("cpu"), Launch(0, 1)
 
@@ -211,22 +206,38 @@ def test_the_share_of_views_that_are_found() -> None:
     assert own_view_found(first, second) == 0.5
 
 
-def test_images_of_other_sets_get_the_sets_shape(generator: torch.Generator) -> None:
+def test_images_of_other_sets_get_the_sets_shape(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((40, 40, 3), (30, 51, 3), (9, 5, 3))]
     source = ListSource([Image.fromarray(one) for one in arrays], [5, 6, 7], name="others")
-    found = shaped_like(source, some_images(1, 3, 16))
+    found = shaped(source, 3, 16)
     for row, one in enumerate(arrays):
         size = [max(16, round(16 * side / min(one.shape[:2]))) for side in one.shape[:2]]
         resized = reference.resize(torch.from_numpy(one).permute(2, 0, 1), size, antialias=True)
         theirs = reference.center_crop(resized, [16, 16])
-        assert (found.pixels[row].int() - theirs.int()).abs().max() <= 1
-    assert shaped_like(source, some_images(1, 1, 8)).pixels.shape == (3, 1, 8, 8)
+        assert (found[row].int() - theirs.int()).abs().max() <= 1
+    assert shaped(source, 1, 8).shape == (3, 1, 8, 8)
     part = Chosen(source, np.array([2, 0]))
+    assert torch.equal(shaped(part, 3, 16), found[[2, 0]])
+    for channels, many in (
+        (3, rng.integers(0, 256, (4, 8, 8, 3), np.uint8)),
+        (1, rng.integers(0, 256, (4, 8, 8), np.uint8)),
+    ):
+        one_by_one = ListSource([Image.fromarray(one) for one in many], None, name="list")
+        array = Chosen(ArraySource(many), np.array([3, 1]))
+        assert torch.equal(shaped(array, channels, 8), shaped(one_by_one, channels, 8)[[3, 1]]), (
+            "an array is taken as it is"
+        )
+    write_idx(tmp_path / "MNIST/raw", "t10k", rng.integers(0, 256, (5, 28, 28), np.uint8), np.arange(5))
+    others, _ = other_sets("cifar10", tmp_path, 3, some_images(1, 3, 16))
+    assert {name: images.size for name, images in others.items()} == {"mnist": (3, 16, 16)}
+    assert len(others["mnist"]) == 3
     assert [part.item(row).label for row in range(len(part))] == [7, 5]
     assert part.fingerprint() != Chosen(source, np.array([0, 2])).fingerprint()
     assert spread_over(np.arange(10, 20), 4).tolist() == [10, 13, 16, 19]
+    assert spread_over(np.arange(10, 20), 3).tolist() == [10, 14, 19]
     assert spread_over(np.arange(3), 4).tolist() == [0, 1, 2]
+    assert spread_over(np.arange(0), 4).tolist() == []
 
 
 def test_images_of_classes_that_both_sets_have_are_left_out(tmp_path: Path) -> None:
@@ -239,7 +250,7 @@ def test_images_of_classes_that_both_sets_have_are_left_out(tmp_path: Path) -> N
     (tmp_path / "test_32x32.mat").write_bytes(b"damaged")
     found, notes = other_sources("cifar10", tmp_path, 3)
     assert list(found) == ["cifar100"]
-    assert [found["cifar100"].item(row).label for row in range(3)] == [0, 3, 5]
+    assert [found["cifar100"].item(row).label for row in range(3)] == [0, 4, 5]
     assert "without 2 images of classes that cifar10 has too" in notes["cifar100"]
     assert "svhn cannot be read" in notes["svhn"]
     assert "cifar100" not in other_sources("cifar100", tmp_path, 3)[0]
@@ -291,4 +302,4 @@ def test_options_that_cannot_work() -> None:
             PretrainingConfig(**options)
     source = ArraySource(np.zeros((2, 3, 8, 8), np.float32))
     with pytest.raises(Exception, match="holds tensors; expected images"):
-        shaped_like(source, some_images(1))
+        shaped(source, 3, 8)

@@ -29,7 +29,6 @@ from posthoc.adapters.weights import read_checkpoint
 from posthoc.eval.ood import Ood
 from posthoc.recipes import tau
 from posthoc.recipes.augmentations import Augmentation
-from posthoc.recipes.digits import load_digits
 from posthoc.recipes.networks import StridedConvNet
 from posthoc.recipes.options import parse
 from posthoc.recipes.pretraining import own_view_found
@@ -55,6 +54,7 @@ from posthoc.recipes.tau_scores import papers_neighbours, spread, uncertainties
 from posthoc.recipes.view_batches import BLOCK, Images, ViewBatches
 
 from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
+from .recipe_data import write_digits, write_idx
 
 CPU, ALONE = torch.device("cpu"), Launch(0, 1)
 TINY = "--dataset fashion-mnist --data-dir data --width 8 --hidden 32 --dim 16 --batch-size 64"
@@ -66,24 +66,10 @@ SHORT = [*SMALL, "--train-images", "300", "--epochs", "3", "--output"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1,400 digits of 16 x 16 px, 397 others to test, and 100 of noise in MNIST's place."""
     place = tmp_path_factory.mktemp("tau")
-    digits = load_digits(known=10)
-    pixels = np.stack([np.asarray(one) for one in digits.images]).repeat(2, 1).repeat(2, 2)
-    order = np.random.default_rng(0).permutation(len(pixels))
+    write_digits(place / "data")
     noise = np.random.default_rng(1).integers(0, 256, (100, 16, 16), dtype=np.uint8)
-    for name, part, images, label in (
-        ("FashionMNIST", "train", pixels[order[:1400]], digits.label[order[:1400]]),
-        ("FashionMNIST", "t10k", pixels[order[1400:]], digits.label[order[1400:]]),
-        ("MNIST", "t10k", noise, np.arange(100) % 10),
-    ):
-        write_idx(place / "data" / name / "raw", part, images, label)
+    write_idx(place / "data" / "MNIST" / "raw", "t10k", noise, np.arange(100) % 10)
     return place
-
-
-def write_idx(raw: Path, part: str, images: np.ndarray, label: np.ndarray) -> None:
-    raw.mkdir(parents=True, exist_ok=True)
-    for kind, array in (("images-idx3", images), ("labels-idx1", label.astype(np.uint8))):
-        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-        (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.tobytes())
 
 
 def some_images(count: int, size: int = 8) -> Images:
@@ -369,7 +355,7 @@ def test_random_features_get_batchnorms_statistics() -> None:
     settle(network, images, CPU)
     assert not any(part.training for part in network.modules())
     inner: Any = network.encoder.network
-    x = (images.pixels / 255 - network.encoder.mean) / network.encoder.std
+    x = network.encoder.normalised(images.pixels / 255)
     with torch.no_grad():
         first = inner.conv1(x)
     torch.testing.assert_close(inner.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
