@@ -98,18 +98,20 @@ def run_probes(
     found["1-NN"] = nearest_label(train, label, test)
     notes.append("kNN and 1-NN by cosine; votes weigh exp((cosine - 1) / 0.07)")
     for protocol in protocols:
-        found[protocol] = _protocol(protocol, train, label, test, seed)
+        found[protocol] = _protocol(protocol, train, label, test, seed, device)
         notes.append(f"{protocol}: {PROTOCOLS[protocol]}")
     return found, notes
 
 
-def _protocol(name: str, train: np.ndarray, label: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
+def _protocol(
+    name: str, train: np.ndarray, label: np.ndarray, test: np.ndarray, seed: int, device: torch.device | str
+) -> np.ndarray:
     generator = torch.Generator().manual_seed(seed)
     every: dict[str, Callable[[], np.ndarray]] = {
-        "tau": lambda: sgd_probe(train, label, test, TAU, generator),
+        "tau": lambda: sgd_probe(train, label, test, TAU, generator, device),
         "tau-1nn": lambda: tau_nearest_label([train], label, [test]),
-        "decoupled-uniformity": lambda: decoupled_uniformity_probe(train, label, test, generator),
-        "decoupled-uniformity-imagenet100": lambda: sgd_probe(train, label, test, IMAGENET100, generator),
+        "decoupled-uniformity": lambda: decoupled_uniformity_probe(train, label, test, generator, device),
+        "decoupled-uniformity-imagenet100": lambda: sgd_probe(train, label, test, IMAGENET100, generator, device),
     }
     return every[name]()
 

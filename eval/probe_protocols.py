@@ -53,22 +53,28 @@ STRENGTHS = (0.1, *(10.0**p for p in range(7)))
 LARGE, FOLDS, SAGA_STEPS = 20_000, 3, 150
 
 
-def sgd_probe(features: Array, label: Array, test: Array, protocol: SgdProbe, generator: torch.Generator) -> np.ndarray:
+def sgd_probe(
+    features: Array, label: Array, test: Array, protocol: SgdProbe, generator: torch.Generator,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:  # fmt: skip
     """Logits float32 [M, C] of test features [M, P] under the probe trained on features [N, P], label int [N].
 
     Features are taken as they are; the classifier starts as torch's Linear does. The generator (on the CPU) draws it and the
-    batches. Raises DataError for shapes, labels, numbers that are not finite, or a loss that is not.
+    batches; device: where they are computed, which all features must fit. Raises DataError for shapes, labels, numbers that
+    are not finite, or a loss that is not.
     """
-    x, y, other = _tensors(features, label, test)
+    x, y, other = (tensor.to(device) for tensor in _tensors(features, label, test))
     weight, bias = _train(x, y, protocol, generator)
-    return (other @ weight.T + bias).numpy()
+    return (other @ weight.T + bias).cpu().numpy()
 
 
-def decoupled_uniformity_probe(features: Array, label: Array, test: Array, generator: torch.Generator) -> np.ndarray:
+def decoupled_uniformity_probe(
+    features: Array, label: Array, test: Array, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> np.ndarray:
     """Scores [M, C] under its protocol for all sets but ImageNet100: a grid scored by balanced accuracy in three folds.
 
-    Below 20,000 images logistic regression by saga, stopped after 150 steps, C from the grid 0.1 to 1e6, giving log
-    probabilities; from there on `DECOUPLED_LARGE`, weight decay from its grid, giving logits. Refitted on all rows.
+    Below 20,000 images logistic regression by saga (on the CPU), stopped after 150 steps, C from the grid 0.1 to 1e6, giving
+    log probabilities; from there on `DECOUPLED_LARGE`, weight decay from its grid, giving logits. Refitted on all rows.
 
     Raises as `sgd_probe`, and DataError for a class with fewer than three images.
     """
@@ -81,15 +87,17 @@ def decoupled_uniformity_probe(features: Array, label: Array, test: Array, gener
         return _saga(x.numpy(), y.numpy(), other.numpy(), generator)
     metrics = require("sklearn.metrics", "scikit-learn")
     folds = list(selection.StratifiedKFold(FOLDS).split(x, y))
+    own, truth = x.to(device), y.to(device)
     scores = []
     for decay in DECAYS:
         protocol, found = replace(DECOUPLED_LARGE, weight_decay=decay), []
         for fit, check in folds:
-            weight, bias = _train(x[fit], y[fit], protocol, generator)
-            found.append(metrics.balanced_accuracy_score(y[check], (x[check] @ weight.T + bias).argmax(1)))
+            weight, bias = _train(own[fit], truth[fit], protocol, generator)
+            said = (own[check] @ weight.T + bias).argmax(1).cpu()
+            found.append(metrics.balanced_accuracy_score(y[check], said))
         scores.append(np.mean(found))
     best = replace(DECOUPLED_LARGE, weight_decay=DECAYS[int(np.argmax(scores))])
-    return sgd_probe(x, y, other, best, generator)
+    return sgd_probe(x, y, other, best, generator, device)
 
 
 def tau_nearest_label(views: Sequence[Array], label: Array, test_views: Sequence[Array]) -> np.ndarray:
@@ -130,7 +138,8 @@ def _tensors(features: Array, label: Array, test: Array) -> tuple[Tensor, Tensor
 def _train(x: Tensor, y: Tensor, protocol: SgdProbe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     bound = 1.0 / math.sqrt(x.shape[1])
     shapes = [(int(y.max()) + 1, x.shape[1]), (int(y.max()) + 1,)]
-    layer = [((2.0 * torch.rand(s, generator=generator) - 1.0) * bound).requires_grad_() for s in shapes]
+    drawn = [(2.0 * torch.rand(shape, generator=generator) - 1.0) * bound for shape in shapes]
+    layer = [one.to(x.device).requires_grad_() for one in drawn]
     optimizer = torch.optim.SGD(layer, lr=protocol.lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
     schedule: torch.optim.lr_scheduler.LRScheduler
     if protocol.schedule == "plateau":
@@ -141,14 +150,16 @@ def _train(x: Tensor, y: Tensor, protocol: SgdProbe, generator: torch.Generator)
         raise OptionError(f"schedule={protocol.schedule!r} was given; expected 'cosine' or 'plateau'")
     losses: list[float] = []
     for epoch in range(protocol.epochs):
-        total = 0.0
-        for rows in torch.randperm(len(x), generator=generator).split(protocol.batch_size):
+        seen: list[Tensor] = []  # read once an epoch: a GPU waits for nothing
+        batches = torch.randperm(len(x), generator=generator).to(x.device).split(protocol.batch_size)
+        for rows in batches:
             loss = torch.nn.functional.cross_entropy(x[rows] @ layer[0].T + layer[1], y[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += float(loss.detach()) * len(rows)
-        losses.append(total / len(x))
+            seen.append(loss.detach())
+        each = torch.tensor([len(rows) for rows in batches], dtype=torch.float64)
+        losses.append(float(torch.stack(seen).cpu().double() @ each) / len(x))
         if not math.isfinite(losses[-1]):
             raise DataError(f"the probe's loss is {losses[-1]} in epoch {epoch + 1}: scale the features down")
         if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):

@@ -11,6 +11,7 @@ import torch
 
 from posthoc.adapters.errors import DataError, OptionError
 from posthoc.eval import probe_protocols
+from posthoc.eval.probe import _protocol
 from posthoc.eval.probe_protocols import (
     IMAGENET100,
     TAU,
@@ -81,6 +82,25 @@ def test_settled_losses_end_the_training(monkeypatch: pytest.MonkeyPatch) -> Non
     steps.clear()
     sgd_probe(features, label, features, replace(IMAGENET100, epochs=25), seeded())
     assert len(steps) == 25
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_finds_what_the_cpu_finds() -> None:
+    features, label = images()
+    for probe in (
+        lambda device: sgd_probe(features, label, features, IMAGENET100, seeded(), device),
+        lambda device: decoupled_uniformity_probe(features, label, features, seeded(), device),
+    ):
+        np.testing.assert_allclose(probe("cuda"), probe("cpu"), rtol=1e-3, atol=1e-3)
+
+
+def test_the_protocols_compute_where_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, label = images()
+    monkeypatch.setattr(probe_protocols, "LARGE", 50)
+    monkeypatch.setattr(probe_protocols, "DECAYS", (1e-3,))
+    for protocol in ("tau", "decoupled-uniformity", "decoupled-uniformity-imagenet100"):
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # a device that holds no numbers
+            _protocol(protocol, features, label, features, 0, "meta")
 
 
 def test_the_papers_constants() -> None:
