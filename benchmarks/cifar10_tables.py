@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from recipe_runs import spread
 
 from posthoc.adapters.perturbations import CROP_FRACTIONS
 from posthoc.eval.bootstrap import Interval, bootstrap_difference
@@ -67,10 +68,6 @@ def unseen(place: str, without_overlap: bool = False) -> Callable[[Seed, str], S
     return statistic
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:.3f}"
-
-
 def difference(runs: Sequence[Seed], make: Callable[[Seed, str], Statistic], name: str, other: str) -> str:
     """name - other on seed 0 with its interval, and in how many of all seeds the interval lies above 0."""
     found: list[Interval] = [
@@ -94,7 +91,7 @@ def rank_table(
     """One metric for each score, and the paired difference of the one head named beforehand to the scores in `others`."""
     rows = []
     for name in names:
-        value = spread([float(make(run, name).value()) for run in runs])
+        value = spread([float(make(run, name).value()) for run in runs], 3)
         gaps = [difference(runs, make, name, other) if name == judged else "" for other in others]
         rows.append([f"**{name}**" if name in HEADS + OUTPUTS else name, value, *gaps])
     return table(["score", "value", *(f"minus {other}" for other in others)], rows)
@@ -106,7 +103,7 @@ def calibration_table(runs: Sequence[Seed]) -> str:
         kind = f"test/log-p {name}"
         losses = [nll(run[kind], run["label"]) for run in runs]
         errors = [ece(*confidence_and_correct(run[kind], run["label"])) for run in runs]
-        rows.append([f"**{name}**" if name in HEADS else name, spread(losses), spread(errors)])
+        rows.append([f"**{name}**" if name in HEADS else name, spread(losses, 3), spread(errors, 3)])
     return table(["probabilities", "NLL", "ECE, 15 bins"], rows)
 
 
@@ -119,7 +116,7 @@ def error_table(runs: Sequence[Seed]) -> str:
             score, wrong = run[f"test/{name}"], run["test/log-p softmax"].argmax(1) != run["label"]
             areas.append(1e3 * aurc(score, wrong))
             kept.append(float(1.0 - wrong[np.argsort(score, kind="stable")[: int(0.8 * len(score))]].mean()))
-        rows.append([f"**{name}**" if name in HEADS + OUTPUTS else name, spread(areas), spread(kept)])
+        rows.append([f"**{name}**" if name in HEADS + OUTPUTS else name, spread(areas, 3), spread(kept, 3)])
     return table(["score", "AURC, 1e-3 (lower is better)", "accuracy on the most certain 80 %"], rows)
 
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recipe_runs import carried_out
+from recipe_runs import carried_out, spread
 
 from posthoc.recipes.decoupled_uniformity_report import SEEN
 
@@ -32,14 +31,8 @@ PRIORS: dict[str, list[str]] = {
 WITH_ATTRIBUTES = ("omniglot", "cub200", "utzappos")
 
 
-def spread(values: Iterable[float], scale: float = 100.0) -> str:
-    """Mean and standard deviation over seeds."""
-    numbers = scale * np.array(list(values))
-    return f"{numbers.mean():.{1 if scale > 1 else 3}f}" + (f" ± {numbers.std(ddof=1):.1f}" if len(numbers) > 1 else "")
-
-
 def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Priors down; whether they have seen labels, how much they smooth, and what the features are worth."""
+    """Priors down; whether they have seen labels, how much they smooth, and what the features are worth, in percent."""
     first = next(iter(found.values()))
     columns = [name for name, value in first[0]["worth"].items() if isinstance(value, float)]
     head = ["prior", "labels", "weight on itself", *(name.replace("_", " ") for name in columns)]
@@ -48,9 +41,9 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
         told = runs[0]["prior"]
         weight = f"{np.mean([run['prior']['smoother']['diagonal'] for run in runs]):.2f}" if told else "1"
         seen = SEEN[told["seen_labels"]] if told else SEEN[False]
-        cells = [spread(run["worth"][column] for run in runs) for column in columns]
+        cells = [spread((100 * run["worth"][column] for run in runs), 1) for column in columns]
         lines.append("| " + " | ".join([name, seen, weight, *cells]) + " |")
-    cells = [spread(run["random_features"][column] for run in first) for column in columns]
+    cells = [spread((100 * run["random_features"][column] for run in first), 1) for column in columns]
     lines.append("| " + " | ".join(["random features", SEEN[False], "-", *cells]) + " |")
     return lines
 
@@ -82,7 +75,7 @@ def main() -> None:
             place = folder / f"{name.lower().replace(' ', '-')}-{seed}"
             given = [*common, *more, "--seed", str(seed)]
             found[name].append(carried_out("decoupled_uniformity", given, place, arguments.threads))
-    minutes = spread((run["made"]["seconds"] / 60 for runs in found.values() for run in runs), 1.0)
+    minutes = spread((run["made"]["seconds"] / 60 for runs in found.values() for run in runs), 1)
     lines = [
         f"{arguments.dataset}, seeds {', '.join(map(str, arguments.seeds))}, {minutes} minutes a run",
         "",

@@ -18,18 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from recipe_runs import carried_out
+from recipe_runs import carried_out, spread
 
 from posthoc.adapters.files import replace_file
 from posthoc.recipes.lam_report import columns
 
 REFERENCE = "deterministic"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def table(runs: Sequence[dict[str, Any]], wide: bool = False) -> str:
@@ -39,7 +33,7 @@ def table(runs: Sequence[dict[str, Any]], wide: bool = False) -> str:
     lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for method in methods:
         rows = [run["methods"][method] for run in runs]
-        cells = [spread([row[name] for row in rows]) if all(name in row for row in rows) else "" for name in names]
+        cells = [spread([row[name] for row in rows], 3) if all(name in row for row in rows) else "" for name in names]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -51,7 +45,7 @@ def differences(runs: Sequence[dict[str, Any]], wide: bool = False) -> str:
     for method in runs[0]["methods"]:
         if method != REFERENCE:
             pairs = [(run["methods"][method], run["methods"][REFERENCE]) for run in runs]
-            cells = [spread([one[name] - other[name] for one, other in pairs]) for name in names]
+            cells = [spread([one[name] - other[name] for one, other in pairs], 3) for name in names]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -78,7 +72,7 @@ def main(words: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     with ThreadPoolExecutor(arguments.jobs) as pool:
         runs = list(pool.map(one, arguments.seeds, folders))
-    minutes = spread([run["made"]["seconds"] / 60 for run in runs])
+    minutes = spread([run["made"]["seconds"] / 60 for run in runs], 1)
     text = f"{name}, seeds {' '.join(map(str, arguments.seeds))}, {minutes} minutes a run"
     if not begun:
         text += (

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def carried_out(
     return json.loads((folder / "results.json").read_text())
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Iterable[float], digits: int) -> str:
     """Mean and, of several, standard deviation, with so many digits behind the point."""
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+    numbers = np.array(list(values))
+    return f"{numbers.mean():.{digits}f}" + (f" ± {numbers.std(ddof=1):.{digits}f}" if len(numbers) > 1 else "")

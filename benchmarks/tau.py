@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from recipe_runs import carried_out
+from recipe_runs import carried_out, spread
 
 from posthoc.recipes.pretraining_evaluation import auroc
 
@@ -61,12 +60,6 @@ GATHER: dict[str, list[str]] = {
 PARTS = {"methods": METHODS, "frozen": FROZEN, "gather": GATHER}
 
 
-def spread(values: Iterable[float], digits: int = 3) -> str:
-    """Mean and standard deviation over seeds."""
-    numbers = np.array(list(values))
-    return f"{numbers.mean():.{digits}f}" + (f" ± {numbers.std(ddof=1):.{digits}f}" if len(numbers) > 1 else "")
-
-
 def worth_table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Methods down; what their features are worth, beside random ones, and how fast they trained."""
     columns = list(next(iter(found.values()))[0]["worth"])
@@ -90,7 +83,7 @@ def ood_table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = ["| method | score | " + " | ".join(sets) + " |", "|---" * (len(sets) + 2) + "|"]
     for name, runs in found.items():
         for score in runs[0]["ood"][sets[0]]["scores"] if sets else ():
-            cells = " | ".join(spread(auroc(run["ood"], one, score) for run in runs) for one in sets)
+            cells = " | ".join(spread((auroc(run["ood"], one, score) for run in runs), 3) for one in sets)
             lines.append(f"| {name} | {score} | {cells} |")
     return lines
 
