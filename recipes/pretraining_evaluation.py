@@ -24,6 +24,8 @@ from ..eval.probes import linear_probe, nearest_label, top_k_accuracy
 from .view_batches import Images, Labelled
 
 PROBE = 500  # place of the random numbers
+SETTLING = 2048
+"""Images that BatchNorm's statistics of a random network are taken from."""
 RESAMPLES = 200
 """Bootstrap samples of an OOD table."""
 SHOWN = 12
@@ -46,6 +48,23 @@ def encode(network: nn.Module, images: Labelled, device: torch.device) -> Encode
     parts = [network(chunk) for chunk in images.chunks(device)]
     feature, projection = (torch.cat(column).float().cpu().numpy() for column in zip(*parts, strict=True))
     return Encoded(feature, projection, images.label)
+
+
+@torch.no_grad()
+def settle(network: nn.Module, images: Labelled, device: torch.device) -> None:
+    """Gives BatchNorm the statistics of the first images, as a trained network has them; without it nothing happens."""
+    norms = [part for part in network.modules() if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    network.train()
+    seen = 0
+    for chunk in images.chunks(device) if norms else ():
+        network(chunk)
+        seen += len(chunk)
+        if seen >= SETTLING:
+            break
+    network.eval()
 
 
 def worth(train: Encoded, test: Encoded, seed: int, views: Sequence[np.ndarray] | None = None) -> dict[str, float]:

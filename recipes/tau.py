@@ -47,6 +47,7 @@ from .pretraining_evaluation import (
     ood_tables,
     picture_of,
     save_scores,
+    settle,
     worth,
 )
 from .pretraining_networks import PretrainingNetwork, image_encoder, projection_head, synchronised
@@ -59,8 +60,6 @@ from .view_batches import CHUNK, Augmented, Images, ViewBatches, fixed_views
 
 Kind = Literal["tau", "simclr", "tau-moco", "moco", "hib", "supervised"]
 NETWORK, MEMBER = 603, 604  # places of the random numbers
-SETTLING = 2048
-"""Images that BatchNorm's statistics of a random network are taken from."""
 GAIN = 0.01
 """How much better than random features the linear evaluation must be for --check, in shares of the test images."""
 
@@ -355,20 +354,6 @@ def worth_of(
         augmented = [Augmented(probed, augmentation(config), config.seed, view) for view in (0, 1)]
         views = [means(encode(network, one, device).projection, config) for one in augmented]
     return worth(_mean_only(train, config), _mean_only(test, config), config.seed, views)
-
-
-@torch.no_grad()
-def settle(network: nn.Module, images: Images, device: torch.device) -> None:
-    """Gives BatchNorm the statistics of images, as a trained network has them; without it nothing happens."""
-    norms = [part for part in network.modules() if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-    network.train()
-    if norms:
-        for chunk in images.first(SETTLING).chunks(device):
-            network(chunk)
-    network.eval()
 
 
 def draw_ends(config: TauConfig, test: Images, scores: Mapping[str, np.ndarray]) -> None:
