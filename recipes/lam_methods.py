@@ -27,6 +27,7 @@ from .image_files import Pictures
 from .lam_data import Part, Sets
 from .lam_networks import EmbeddingNetwork, make_network
 from .lam_training import ROWS, Batches, FaceObjective, HedgedObjective, Step, TrunkRows, Watch, train
+from .masked_dropout import draw_masks, dropping
 from .running import Run, seeded_module
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Methods:
     def _train(self, name: str, step: Step, seed: int, **more: Any) -> None:
         watch = Watch(step.network, self.sets.validation, self.device)
         self.before[name] = watch()["validation_map_at_5"]
-        batches = Batches(self.sets.train, self.config, self.run.launch, seed)
+        batches = Batches(self.sets.train, step.network, self.config, self.run.launch, seed)
         self.histories[name] = train(self.run, name, step, batches, watch, self.config, **more)
         self.networks[name] = step.network.requires_grad_(False)
 
@@ -267,7 +268,7 @@ class PosteriorHead:
 
 
 class DropoutHead:
-    """Images under the same masks for all of them, which are drawn by the seed."""
+    """Images under the same mask for all of them in each sample, which the seed draws."""
 
     def __init__(self, network: EmbeddingNetwork, samples: int, seed: int) -> None:
         self.network, self.samples, self.seed = network, samples, seed
@@ -275,9 +276,8 @@ class DropoutHead:
     def __call__(self, images: Tensor) -> MetricEmbedding:
         drawn = []
         for sample in range(self.samples):
-            self.network.mask(1, [step_generator(self.seed, MASKS, sample)])
-            drawn.append(functional.normalize(self.network(images), dim=-1))
-        self.network.unmask()
+            with dropping(self.network, draw_masks(self.network, 1, [step_generator(self.seed, MASKS, sample)])):
+                drawn.append(functional.normalize(self.network(images), dim=-1))
         return summarise(torch.stack(drawn))
 
 

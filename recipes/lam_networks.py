@@ -1,12 +1,7 @@
-"""Networks of the recipe `lam`: the paper's two small ones, a timm network with generalised-mean pooling, a linear head.
-
-Dropout is by masks that are drawn outside: a step draws one for each image, an answer one for all images, which is one draw
-of the network's weights.
-"""
+"""Networks of the recipe `lam`: the paper's two small ones, a timm network with generalised-mean pooling, a linear head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters.errors import BackboneError
 from ..adapters.timm_backbone import create_timm
+from .masked_dropout import MaskedDropout
 from .small_image_networks import Normalised
 
 SMALL = ("pooled", "wide")
@@ -32,23 +28,6 @@ class Prepared(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.colours(images).contiguous(memory_format=torch.channels_last)
-
-
-class ChannelDropout(nn.Module):
-    """Dropout of whole channels; `mask` [B, C], or [1, C] for all images, None: nothing is dropped."""
-
-    mask: Tensor | None = None
-
-    def __init__(self, channels: int, rate: float) -> None:
-        super().__init__()
-        self.channels, self.rate = channels, rate
-
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """[count, C] of 0 and 1 / (1 - rate)."""
-        return (torch.rand(count, self.channels, generator=generator) >= self.rate).float() / (1.0 - self.rate)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self.mask is None else x * self.mask.to(x)[:, :, None, None]
 
 
 class GeneralisedMean(nn.Module):
@@ -86,7 +65,7 @@ class TimmTrunk(nn.Module):
                 "give a convolutional network of timm"
             )
         self.prepared, self.pool = Prepared(3), GeneralisedMean()
-        self.dropout = ChannelDropout(maps.shape[1], rate)
+        self.dropout = MaskedDropout(rate, maps.shape[1])
 
     def _maps(self, images: Tensor) -> Tensor:
         return self.module.forward_features(images)
@@ -105,9 +84,9 @@ class TimmTrunk(nn.Module):
 def pooled(channels: int, rate: float) -> nn.Sequential:
     """The paper's for CIFAR-10: three convolutions, two poolings; 1024 features of 32 px, 576 of 28."""
     return nn.Sequential(
-        *(Prepared(channels), nn.Conv2d(channels, 32, 3), nn.ReLU(), nn.MaxPool2d(2), ChannelDropout(32, rate)),
-        *(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), ChannelDropout(64, rate)),
-        *(nn.Conv2d(64, 64, 3), nn.ReLU(), ChannelDropout(64, rate), nn.Flatten()),
+        *(Prepared(channels), nn.Conv2d(channels, 32, 3), nn.ReLU(), nn.MaxPool2d(2), MaskedDropout(rate, 32)),
+        *(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), MaskedDropout(rate, 64)),
+        *(nn.Conv2d(64, 64, 3), nn.ReLU(), MaskedDropout(rate, 64), nn.Flatten()),
     )
 
 
@@ -115,7 +94,7 @@ def wide(channels: int, rate: float) -> nn.Sequential:
     """The paper's for FashionMNIST: two convolutions, one pooling; 9216 features of 28 px."""
     return nn.Sequential(
         *(Prepared(channels), nn.Conv2d(channels, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU()),
-        *(ChannelDropout(64, rate), nn.MaxPool2d(2), nn.Flatten()),
+        *(MaskedDropout(rate, 64), nn.MaxPool2d(2), nn.Flatten()),
     )
 
 
@@ -131,18 +110,6 @@ class EmbeddingNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.trunk(images).float())
-
-    def dropouts(self) -> Iterator[ChannelDropout]:
-        return (part for part in self.modules() if isinstance(part, ChannelDropout))
-
-    def mask(self, count: int, generators: Sequence[torch.Generator]) -> None:
-        """Draw each dropout's masks: `count` from each of the generators, in their order."""
-        for part in self.dropouts():
-            part.mask = torch.cat([part.draw(count, one) for one in generators]) if part.rate else None
-
-    def unmask(self) -> None:
-        for part in self.dropouts():
-            part.mask = None
 
 
 def make_network(

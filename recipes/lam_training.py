@@ -23,6 +23,7 @@ from .image_files import FileImages
 from .lam_data import Part
 from .lam_networks import EmbeddingNetwork, GeneralisedMean
 from .lam_report import found_images
+from .masked_dropout import draw_masks, dropping
 from .pretraining import Ahead
 from .running import Run, scheduled
 from .view_batches import BlockRows
@@ -45,18 +46,19 @@ WARMUP, DECAY = 0.05, 0.01
 
 MISSING = "validation_missing"
 """The figure whose lowest value decides which epoch is kept."""
-Batch = tuple[Tensor, Tensor, list[torch.Generator], torch.Generator]
+Batch = tuple[Tensor, Tensor, Tensor | None, torch.Generator]
 
 
 class Batches:
-    """This process's images of each step, the targets that the loss is of, and random numbers by global rows.
+    """This process's images of each step, the targets that the loss is of, masks of the network's dropout, and a generator.
 
-    Images of files are cropped at random and mirrored; small ones stay as they are, as in the paper. `gather`: the loss is of all
-    processes' images, and the targets are theirs too; else of this process's.
+    Random numbers belong to the rows of all processes, the generator to the whole step. Images of files are cropped at random and
+    mirrored; small ones stay as they are, as in the paper. With `gather` the loss is of all processes' images, and so are
+    the targets; else of this process's.
     """
 
-    def __init__(self, part: Part, config: LamConfig, launch: Launch, seed: int) -> None:
-        self.pictures, self.seed, self.gather = part.pictures, seed, config.gather
+    def __init__(self, part: Part, network: nn.Module, config: LamConfig, launch: Launch, seed: int) -> None:
+        self.pictures, self.network, self.seed, self.gather = part.pictures, network, seed, config.gather
         self.rows = BlockRows(len(part), config.batch_size, seed, launch, BLOCK, ORDER)
         self.target = torch.from_numpy(np.ascontiguousarray(part.target))
 
@@ -67,7 +69,8 @@ class Batches:
         else:
             images = self.pictures.plain(own.numpy())
         target = self.target[self.rows.whole(step) if self.gather else own]
-        return images, target, generators, step_generator(self.seed, OBJECTIVE, step)
+        kept = draw_masks(self.network, BLOCK, generators)
+        return images, target, kept, step_generator(self.seed, OBJECTIVE, step)
 
 
 class Step(nn.Module):
@@ -80,13 +83,10 @@ class Step(nn.Module):
         super().__init__()
         self.network, self.objective, self.gather = network, objective, gather
 
-    def forward(
-        self, images: Tensor, target: Tensor, generators: list[torch.Generator], own: torch.Generator
-    ) -> Tensor:
+    def forward(self, images: Tensor, target: Tensor, kept: Tensor | None, own: torch.Generator) -> Tensor:
         device = next(self.network.parameters()).device
-        self.network.mask(len(images) // len(generators), generators)
-        x = self.network.trunk(images.to(device))
-        self.network.unmask()
+        with dropping(self.network, kept):
+            x = self.network.trunk(images.to(device))
         with torch.autocast(device.type, enabled=False):  # distances and curvatures want their digits
             x = gather_rows(x.float()) if self.gather else x.float()
             objective: Any = self.objective

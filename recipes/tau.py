@@ -267,7 +267,7 @@ def train_member(
     views = ViewBatches(
         train, augmentation(config), config.batch_size, seed, run.launch, run.device, 1 if supervised else 2
     )
-    batches = Batches(views, train, supervised, network if config.dropout else None)
+    batches = Batches(views, train, supervised, network)
     pair = fixed_views(held_out, augmentation(config), seed, run.device)
 
     def watch() -> Record:
@@ -312,27 +312,21 @@ def watched(network: PretrainingNetwork, config: TauConfig, pair: tuple[Tensor, 
 
 def evaluate(config: TauConfig, run: Run, members: Sequence[Member], judged: Judged) -> dict[str, Any]:
     """Everything that is asked of the trained networks, JSON-able; pictures of images go into the run's folder."""
-    first, test, notes = members[0], judged.test, judged.notes
+    first, notes = members[0], judged.notes
     networks = [member.method.network for member in members]
-    probed = judged.train.first(config.probe_images or len(judged.train.label))
+    probed = judged.train.first(config.probe_images or len(judged.train))
     training = [encode(network, probed, run.device) for network in networks]
-    encoded = encode(networks[0], test, run.device)
+    encoded = encode(networks[0], judged.test, run.device)
     blank = make_network(config, judged.train).to(run.device)
     settle(blank, probed, run.device)
-    blanks = (encode(blank, probed, run.device), encode(blank, test, run.device))
+    blanks = (encode(blank, probed, run.device), encode(blank, judged.test, run.device))
     known = {
         "worth": worth_of(config, networks[0], probed, training[0], encoded, run.device),
         "random_features": worth_of(config, blank, probed, *blanks, run.device),
     }
-    inside = uncertainties(networks, training, test, config, run.device)
-    outside = {
-        name: uncertainties(networks, training, images, config, run.device, test=encoded)
-        for name, images in judged.others.items()
-    }
-    for name, score in judged.live.items():
-        (inside if name == config.dataset else outside[name])["ODIN"] = score
+    inside, outside = scored(config, networks, training, encoded, judged, run.device)
     save_scores(config.output / "scores", {config.dataset: inside, **outside})
-    draw_ends(config, test, inside)
+    draw_ends(config, judged.test, inside)
     return {
         "method": config.method,
         **known,
@@ -343,6 +337,21 @@ def evaluate(config: TauConfig, run: Run, members: Sequence[Member], judged: Jud
         "seconds_of_training": [round(member.history.seconds, 1) for member in members],
         "parameters": sum(p.numel() for p in networks[0].encoder.parameters()),
     }
+
+
+def scored(
+    config: TauConfig, networks: Sequence[PretrainingNetwork], training: Sequence[Encoded], test: Encoded,
+    judged: Judged, device: torch.device,
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]:  # fmt: skip
+    """Every score of the set's own test images, and of each other set's images."""
+    inside = uncertainties(networks, training, judged.test, config, device)
+    outside = {
+        name: uncertainties(networks, training, images, config, device, test=test)
+        for name, images in judged.others.items()
+    }
+    for name, score in judged.live.items():
+        (inside if name == config.dataset else outside[name])["ODIN"] = score
+    return inside, outside
 
 
 def worth_of(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from ..adapters.gathering import gather_rows
 from ..adapters.losses import HedgedGaussian, MomentumContrast, NTXent, TaU, TaUMoCo
 from ..adapters.numerics import full
 from ..adapters.training_loop import step_generator
+from .masked_dropout import MaskedDropout, draw_masks, dropouts, dropping
 from .pretraining_networks import PretrainingNetwork
 from .view_batches import BLOCK, Images, ViewBatches
 
@@ -27,46 +27,6 @@ NOISE, SAMPLES = 600, 601  # streams of random numbers
 UNCERTAIN = ("tau", "tau-moco", "hib")
 """The methods whose projection has one number more: the raw temperature, or the spread."""
 LEAST_STD = 1e-4
-
-
-class MaskedDropout(nn.Module):
-    """Dropout of whole channels [B, C, ...] inside `dropping`, by masks that are made before, and nothing outside it."""
-
-    def __init__(self, probability: float, channels: int) -> None:
-        super().__init__()
-        self.probability, self.channels = probability, channels
-        self.kept: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kept is None:
-            return x
-        return x * (self.kept / (1.0 - self.probability)).to(x)[(...,) + (None,) * (x.ndim - 2)]
-
-
-def dropouts(network: nn.Module) -> list[MaskedDropout]:
-    """Its layers of dropout."""
-    return [part for part in network.modules() if isinstance(part, MaskedDropout)]
-
-
-def draw_masks(network: nn.Module, rows: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Which channels are kept, bool [rows of all generators, channels of all layers] on the CPU, `rows` by each generator."""
-    layers = dropouts(network)
-    dropped = torch.cat([torch.full((layer.channels,), layer.probability) for layer in layers])
-    return torch.cat([torch.rand(rows, len(dropped), generator=one) >= dropped for one in generators])
-
-
-@contextmanager
-def dropping(network: nn.Module, kept: Tensor | None) -> Iterator[None]:
-    """Inside, the network drops the channels of each row by these masks (`draw_masks`), on its device; None: none."""
-    layers = [] if kept is None else dropouts(network)
-    if kept is not None:
-        for layer, mask in zip(layers, kept.split([layer.channels for layer in layers], dim=1), strict=True):
-            layer.kept = mask
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.kept = None
 
 
 def with_dropout(network: nn.Module, probability: float) -> None:
@@ -188,22 +148,22 @@ def make_method(network: PretrainingNetwork, config: TauConfig) -> Method:
 
 @dataclass
 class Batches:
-    """What a method's forward takes at a step. network: whose channels are dropped; None: no dropout."""
+    """What a method's forward takes at a step. network: whose channels are dropped."""
 
     views: ViewBatches
     images: Images
     supervised: bool
-    network: nn.Module | None
+    network: nn.Module
 
     def __call__(self, step: int) -> tuple[Any, ...]:
-        views = self.views(step)
-        kept = None if self.network is None else self.masks(self.network, step)
+        views, kept = self.views(step), self.masks(step)
         if self.supervised:
             return *views, torch.from_numpy(self.images.label[self.views.rows(step).numpy()]), kept
         return *views, step, kept
 
-    def masks(self, network: nn.Module, step: int) -> Tensor:
+    def masks(self, step: int) -> Tensor | None:
         """Of all views, those of a row by the generator of its block, so that one process and several draw the same."""
         generators = self.views.rows.generators(step, NOISE)
-        parts = [draw_masks(network, BLOCK, generators) for _ in range(self.views.views)]
-        return torch.cat(parts).to(self.views.device)
+        drawn = [draw_masks(self.network, BLOCK, generators) for _ in range(self.views.views)]
+        parts = [kept for kept in drawn if kept is not None]
+        return torch.cat(parts).to(self.views.device) if parts else None

@@ -163,6 +163,22 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
     backbone = frozen_backbone(config).to(run.device)
     run.stands_on(train.fingerprint(), test.fingerprint(), backbone.fingerprint())
     others, notes = other_sources(config.dataset, config.data_dir, config.ood_images)
+    model, head = fitted(config, backbone, train)
+    features = {
+        name: backbone.extract(one, cache_dir=config.cache_dir)
+        for name, one in {"train": train, config.dataset: test, **others}.items()
+    }
+    training = features.pop("train")
+    scores = {name: uncertainties(head, one, training, run.device) for name, one in features.items()}
+    results = run.launch.on_main(lambda: found(config, model, scores, notes))
+    model.save_pretrained(config.output / "adapter")
+    if run.launch.is_main:
+        shown(config, test, features[config.dataset].label, scores, results)
+    run.finish(results)
+
+
+def fitted(config: TauConfig, backbone: Backbone, train: Source) -> tuple[UncertainModel, TemperatureHead]:
+    """The head on the network, fitted by the options; its training is in the run's folder `head`."""
     # as released: one linear layer, its loss, and t as given; else the library's head, which chooses t by blur
     head = TemperatureHead(config.temperature, depth=0, reference=True) if config.reference else TemperatureHead()
     model = wrap(backbone, head)
@@ -177,17 +193,7 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
         cache_dir=config.cache_dir,
         output_dir=config.output / "head",
     )
-    features = {
-        name: backbone.extract(one, cache_dir=config.cache_dir)
-        for name, one in {"train": train, config.dataset: test, **others}.items()
-    }
-    training = features.pop("train")
-    scores = {name: uncertainties(head, one, training, run.device) for name, one in features.items()}
-    results = run.launch.on_main(lambda: found(config, model, scores, notes))
-    model.save_pretrained(config.output / "adapter")
-    if run.launch.is_main:
-        shown(config, test, features[config.dataset].label, scores, results)
-    run.finish(results)
+    return model, head
 
 
 def found(

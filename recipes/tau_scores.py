@@ -19,9 +19,10 @@ from ..adapters.training_loop import step_generator
 from ..eval.baselines import LOGIT_SCORES, inverse_norm, knn
 from ..eval.live_detectors import live_scores
 from ..eval.search import as_unit, neighbours
+from .masked_dropout import draw_masks, dropping
 from .pretraining_evaluation import Encoded, encode
 from .pretraining_networks import PretrainingNetwork
-from .tau_methods import UNCERTAIN, draw_masks, dropping, posterior
+from .tau_methods import UNCERTAIN, posterior
 from .view_batches import Images
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def stochastic(
     for number in range(config.passes):
         generator, parts = step_generator(config.seed, PASSES, number), []
         for chunk in images.chunks(device):
-            with dropping(network, draw_masks(network, len(chunk), [generator]).to(device)):
+            with dropping(network, draw_masks(network, len(chunk), [generator])):
                 parts.append(network(chunk)[1])
         found.append(as_unit(means(torch.cat(parts).float().cpu().numpy(), config)))
     return found

@@ -112,7 +112,7 @@ def test_reference_is_the_papers_code(folder: Path) -> None:
         ("--preset smok", "did you mean 'smoke'"),
         ("--methods post-hoc-arccos-fix", "did you mean 'post-hoc-arccos-fixed'"),
         ("--batch-size 40", "multiple of 16"),
-        ("--batch-size 512", "fewer than a batch"),
+        ("--batch-size 512", "a batch of 512 rows was asked for and there are 128 images"),
         ("--held-out 1.5", "share between 0 and 1"),
         ("--margin -1", "margin=-1.0"),
         ("--samples 1", "2 or more"),

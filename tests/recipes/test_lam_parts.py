@@ -40,7 +40,8 @@ from posthoc.recipes.lam_methods import (
 )
 from posthoc.recipes.lam_networks import EmbeddingNetwork, GeneralisedMean, make_network
 from posthoc.recipes.lam_report import found_images, judge, table
-from posthoc.recipes.lam_training import BLOCK, TRIPLETS, Batches, FaceObjective, HedgedObjective, Step, Watch, train
+from posthoc.recipes.lam_training import TRIPLETS, Batches, FaceObjective, HedgedObjective, Step, Watch, train
+from posthoc.recipes.masked_dropout import dropouts
 from posthoc.recipes.running import seeded
 from posthoc.recipes.view_batches import Images
 
@@ -167,7 +168,8 @@ def test_batches_are_made_while_the_network_is_busy(monkeypatch: pytest.MonkeyPa
     """By another thread, in their order, and each of them once."""
     part = Part(pictures_of(np.zeros((32, *SIZE), np.uint8), np.arange(32) % 4))
     config: Any = LamConfig(batch_size=16, epochs=2)
-    batches, made = Batches(part, config, Launch(0, 1), 0), []
+    network = network_of()
+    batches, made = Batches(part, network, config, Launch(0, 1), 0), []
     call = Batches.__call__
 
     def watched(self: Batches, step: int) -> Any:
@@ -175,7 +177,6 @@ def test_batches_are_made_while_the_network_is_busy(monkeypatch: pytest.MonkeyPa
         return call(self, step)
 
     monkeypatch.setattr(Batches, "__call__", watched)
-    network = network_of()
     step = Step(network, MetricObjective(network.head, ContrastiveMetric(0.7)), gather=True)
     run: Any = SimpleNamespace(folder=None, signature="", observe=lambda *_: None)
     train(run, "alone", step, batches, Watch(network, part, torch.device("cpu")), config)
@@ -185,19 +186,19 @@ def test_batches_are_made_while_the_network_is_busy(monkeypatch: pytest.MonkeyPa
 def test_the_blocks_of_a_batch_are_those_of_any_process() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (100, *SIZE), np.uint8)
     part = Part(pictures_of(pixels, np.arange(100) % 5))
-    config = LamConfig(batch_size=64)
-    whole = Batches(part, config, Launch(0, 1), 0)(4)
-    halves = [Batches(part, config, Launch(rank, 2), 0)(4) for rank in (0, 1)]
+    config, network = LamConfig(batch_size=64), network_of(0.4)
+    whole = Batches(part, network, config, Launch(0, 1), 0)(4)
+    halves = [Batches(part, network, config, Launch(rank, 2), 0)(4) for rank in (0, 1)]
     assert torch.equal(torch.cat([half[0] for half in halves]), whole[0])
     assert all(torch.equal(half[1], whole[1]) for half in halves), "the targets are all processes'"
-    apart = [Batches(part, LamConfig(batch_size=64, gather=False), Launch(rank, 2), 0)(4) for rank in (0, 1)]
+    alone = LamConfig(batch_size=64, gather=False)
+    apart = [Batches(part, network, alone, Launch(rank, 2), 0)(4) for rank in (0, 1)]
     assert torch.equal(torch.cat([half[1] for half in apart]), whole[1])
-    network = network_of(0.4)
-    network.mask(BLOCK, whole[2])
-    together = [one.mask for one in network.dropouts()]
-    network.mask(BLOCK, [one for half in halves for one in half[2]])
-    assert all(torch.equal(a, b.mask) for a, b in zip(together, network.dropouts(), strict=True))
-    assert together[0].shape == (64, 32)
+    assert whole[2] is not None
+    assert whole[2].shape == (64, 32 + 64 + 64)
+    assert torch.equal(torch.cat([half[2] for half in halves if half[2] is not None]), whole[2])
+    assert len({tuple(row.tolist()) for row in whole[2]}) == 64, "a mask for each image"
+    assert Batches(part, network_of(), config, Launch(0, 1), 0)(4)[2] is None, "nothing is dropped"
 
 
 # networks and answers
@@ -231,11 +232,7 @@ def test_dropout_has_one_mask_for_all_images_of_a_draw() -> None:
         assert alone.samples is not None
         torch.testing.assert_close(both.samples[:, 2], alone.samples[:, 0])
         assert not torch.allclose(both.samples[0], both.samples[1])
-        first = next(network.dropouts())
-        assert first.mask is None
-        kept = first.draw(2000, torch.Generator().manual_seed(0))
-        assert set(kept.unique().tolist()) == {0.0, 2.0}
-        assert float(kept.mean()) == pytest.approx(1.0, abs=0.02)
+        assert all(layer.kept is None for layer in dropouts(network))
 
 
 def point_of(network: nn.Module) -> Head:
@@ -333,7 +330,7 @@ def test_a_timm_trunk_keeps_its_statistics_and_trains_all_else() -> None:
     step = Step(network, MetricObjective(network.head, ContrastiveMetric(0.7)), gather=True).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     pictures = torch.rand(32, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    step(pictures, torch.arange(32) % 4, [step_generator(0), step_generator(1)], step_generator(2)).backward()
+    step(pictures, torch.arange(32) % 4, None, step_generator(2)).backward()
     assert all(p.grad is not None for p in network.parameters())
     optimizer.step()
     still = [name for name, value in network.state_dict().items() if torch.equal(value, before[name])]

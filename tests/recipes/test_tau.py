@@ -29,6 +29,7 @@ from posthoc.adapters.weights import read_checkpoint
 from posthoc.eval.ood import Ood
 from posthoc.recipes import tau
 from posthoc.recipes.augmentations import Augmentation
+from posthoc.recipes.masked_dropout import MaskedDropout, draw_masks, dropouts, dropping
 from posthoc.recipes.networks import StridedConvNet
 from posthoc.recipes.options import parse
 from posthoc.recipes.pretraining import own_view_found
@@ -40,11 +41,7 @@ from posthoc.recipes.tau_methods import (
     SAMPLES,
     Batches,
     Hedged,
-    MaskedDropout,
     Queue,
-    draw_masks,
-    dropouts,
-    dropping,
     make_method,
     posterior,
     with_dropout,
@@ -305,7 +302,7 @@ def test_batches_hold_what_a_method_takes() -> None:
         together = torch.cat([other[view * BLOCK : (view + 1) * BLOCK] for _, other in others])
         assert torch.equal(together, kept[2 * BLOCK * view : 2 * BLOCK * (view + 1)])
     assert not torch.equal(kept[: 2 * BLOCK], kept[2 * BLOCK :])
-    assert Batches(whole, images, False, None)(3)[2:] == (3, None)
+    assert Batches(whole, images, False, nn.Sequential(MaskedDropout(0.0, 3)))(3)[2:] == (3, None)
 
 
 def test_members_that_differ_by_a_rotation_agree(generator: torch.Generator) -> None:
