@@ -95,15 +95,31 @@ def flags_of_mcinfonce(spec: str) -> set[str]:
     return {word for cell in cells for word in re.findall(r"\b[a-z]+(?:_[a-z]+)*\b", cell.split("(")[0])} - {"max"}
 
 
+def flags_of_uniformity(spec: str) -> set[str]:
+    """Of its pretraining and its linear evaluation, by commas: NAME or NAME/-SHORT, then what else is said of it."""
+    lists = re.findall(r"^### 3\.\d CLI, [^\n]*\n(.*?)(?=\. Without|, and the same)", spec, re.M | re.S)
+    assert len(lists) == 2
+    flat = re.sub(r"\{.*?\}|\(.*?\)", "", ", ".join(lists), flags=re.S)
+    return {word for entry in re.split(r",\s", flat) for word in entry.split()[0].split("/-")}
+
+
 GENERATOR = ("g_", "has_joint", "oversampling", "n_numerical", "n_graphical", "eval_std", "e_dim_hidden", "e_n_hidden")
 """How the flags begin that the synthetic experiment alone has."""
 CIFAR = {"traindata", "pretrained", "train", "test"}
 
 
-@pytest.mark.parametrize("name", ["synthetic", "anisotropic", "cifar10h"])
+SPECS = {
+    "synthetic": ("mcinfonce.md", flags_of_mcinfonce),
+    "anisotropic": ("aninfonce.md", flags_of_aninfonce),
+    "cifar10h": ("mcinfonce.md", flags_of_mcinfonce),
+    "decoupled_uniformity": ("decoupled_uniformity.md", flags_of_uniformity),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
 def test_every_flag_of_the_papers_code_is_there(name: str, shared: Path) -> None:
-    spec = (shared / "spec" / ("aninfonce.md" if name == "anisotropic" else "mcinfonce.md")).read_text()
-    theirs = flags_of_aninfonce(spec) if name == "anisotropic" else flags_of_mcinfonce(spec)
+    file, flags_of = SPECS[name]
+    theirs = flags_of((shared / "spec" / file).read_text())
     if name == "synthetic":
         theirs -= CIFAR
     if name == "cifar10h":
