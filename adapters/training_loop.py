@@ -92,7 +92,7 @@ def run_plan(module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any,
     """
     launch = check_launch()
     accelerator = Accelerator()
-    _check_statistics(module, launch.world)
+    check_statistics(module, launch.world)
     if not plan.placed:
         module.to(accelerator.device)
     run = _Run(module, optimizer, schedule, accelerator, plan)
@@ -168,7 +168,9 @@ def _bar(plan: Plan, done: int, is_main: bool) -> Iterator[Any]:
         yield bar
 
 
-def _check_statistics(module: nn.Module, world: int) -> None:
+def check_statistics(module: nn.Module, world: int) -> None:
+    """Raises OptionError where BatchNorm would train on several processes, each with its own rows' statistics; the module is in
+    training mode afterwards."""
     if world == 1:
         return
     module.train()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from recipe_runs import carried_out, spread
 
-from posthoc.recipes.decoupled_uniformity_report import SEEN
+from posthoc.recipes.decoupled_uniformity_report import SEEN, seen_by
 
 PRIORS: dict[str, list[str]] = {
     "no kernel": [],
@@ -40,9 +40,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     for name, runs in found.items():
         told = runs[0]["prior"]
         weight = f"{np.mean([run['prior']['smoother']['diagonal'] for run in runs]):.2f}" if told else "1"
-        seen = SEEN[told["seen_labels"]] if told else SEEN[False]
         cells = [spread((100 * run["worth"][column] for run in runs), 1) for column in columns]
-        lines.append("| " + " | ".join([name, seen, weight, *cells]) + " |")
+        lines.append("| " + " | ".join([name, seen_by(told), weight, *cells]) + " |")
     cells = [spread((100 * run["random_features"][column] for run in first), 1) for column in columns]
     lines.append("| " + " | ".join(["random features", SEEN[False], "-", *cells]) + " |")
     return lines

@@ -28,23 +28,23 @@ from torch import Tensor, nn
 
 from ..adapters.errors import OptionError, PosthocError
 from ..adapters.losses.decoupled_uniformity import DecoupledUniformity, alignment, uniformity
-from ..adapters.training_loop import History, Record, step_generator
+from ..adapters.training_loop import History, Record, check_statistics, step_generator
 from . import running
 from .augmentations import Augmentation
-from .decoupled_uniformity_data import Sets, load_sets
+from .decoupled_uniformity_data import READERS, SEVERAL, Sets, load_sets
 from .decoupled_uniformity_evaluation import check_judged, class_worth, label_worth, projector
-from .decoupled_uniformity_priors import open_prior, smoother
+from .decoupled_uniformity_priors import Prior, check_apart, is_network, open_prior, smoother
 from .decoupled_uniformity_report import draw, table
 from .options import Preset, check_counts, check_positive
 from .pretraining import PretrainingConfig, adamw, augmentation, own_view_found, pretrain, throughput
-from .pretraining_evaluation import encode
+from .pretraining_evaluation import encode, settle
 from .pretraining_networks import PretrainingNetwork, image_encoder, synchronised
 from .running import Run, seeded
-from .view_batches import CHUNK, ViewBatches, fixed_views
+from .view_batches import Augmented, BlockRows, Images, ViewBatches, kept
 
 NETWORK, BATCHES = 730, 731  # places of the random numbers
 GAIN = 0.01
-"""How much better than random features the linear evaluation must be for --check, in shares of the test images."""
+"""How much better than random features the linear evaluation must be for --check, in shares of the test images, or mean AUC."""
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,7 @@ class UniformityConfig(PretrainingConfig):
     """cifar10, cifar100, fashion-mnist or another named set of small square images; omniglot; imagenet100, cub200, utzappos,
     chexpert"""
     size: int | None = None
-    """pixels of a view of image files; default: 224, of utzappos 32"""
+    """pixels of a view, of imagenet100, cub200 and chexpert 224 by default, of utzappos 32; other sets have their own"""
     hidden: int = 512
     """width of the representation, which is a linear layer of the pooled feature, and of the projection's hidden layer"""
     batch_size: int = 256
@@ -69,8 +69,8 @@ class UniformityConfig(PretrainingConfig):
     prior: str | None = None
     """what is known of each image: a FILE.npz, attributes (attributes:GROUP), labels, vae, or a network whose embedding it is,
     such as tf_efficientnet_lite0; default: nothing, and no kernel"""
-    kernel: Literal["rbf", "cosine"] = "rbf"
-    """between the rows of the prior"""
+    kernel: Literal["rbf", "cosine"] | None = None
+    """between the rows of the prior; default: rbf"""
     sigma: float | Literal["median"] = "median"
     """width of rbf in the prior's units; median: the median distance between different rows of the batch"""
     ridge: float | None = 0.01
@@ -97,7 +97,7 @@ class UniformityConfig(PretrainingConfig):
     momentum: float = 0.9
     """of sgd and lars"""
     weight_decay: float = 1e-4
-    """not of biases and normalisation"""
+    """not of biases and normalisation, whatever the optimizer"""
     smallest_crop: float = 0.2
     """least share of an image's area in a view"""
     blur: float = 0.0
@@ -107,7 +107,7 @@ class UniformityConfig(PretrainingConfig):
     rotation: float = 0.0
     """a view is turned by up to so many degrees"""
     papers_probe: bool = False
-    """also the paper's linear evaluation"""
+    """also the paper's linear evaluation; not of chexpert, whose labels are judged one by one"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,22 +120,37 @@ class UniformityConfig(PretrainingConfig):
             raise OptionError(f"--final-lr {self.final_lr} was given; expected a number from 0 to --lr {self.lr}")
         if self.sigma != "median":
             check_positive(self, "sigma")
-        given = [name for name in ("sigma", "kernel") if getattr(self, name) != getattr(UniformityConfig, name)]
-        if given and self.prior is None:
-            raise OptionError(
-                f"--{given[0]} {getattr(self, given[0])} was given without --prior: a kernel compares what is known of the "
-                "images"
-            )
-        if self.sigma != "median" and self.kernel != "rbf":
-            raise OptionError(f"--sigma {self.sigma} is the width of --kernel rbf; {self.kernel} was given")
+        check_read(self)
         loss_of(self)
         altered(self)
 
 
+def check_read(config: UniformityConfig) -> None:
+    """Raises OptionError for options that nothing would read beside the others."""
+    prior, kernel = config.prior, kernel_of(config)
+    for names, read, of in (
+        (("kernel", "sigma", "ridge"), prior is not None, "a --prior: the kernel compares what is known of the images"),
+        (("sigma",), kernel != "cosine", "--kernel rbf, whose width it is"),
+        (("vae_epochs", "vae_dim"), prior == "vae", "--prior vae"),
+        (("checkpoint", "random_weights", "cache_dir"), is_network(prior), "a --prior that is a network's name"),
+        (("size",), config.dataset in READERS, f"--dataset {', '.join(READERS)}"),
+        (("momentum",), config.optimizer != "adamw", "--optimizer sgd or lars"),
+        (("papers_probe",), config.dataset not in SEVERAL, f"sets of classes, and {config.dataset} has several labels"),
+    ):
+        given = [name for name in names if getattr(config, name) != getattr(UniformityConfig, name)]
+        if given and not read:
+            name = given[0]
+            raise OptionError(f"--{name.replace('_', '-')} {getattr(config, name)} was given; it is read with {of}")
+
+
+def kernel_of(config: UniformityConfig) -> Literal["rbf", "cosine"] | None:
+    """The kernel by the options; None without a prior."""
+    return None if config.prior is None else config.kernel or "rbf"
+
+
 def loss_of(config: UniformityConfig) -> DecoupledUniformity:
     """The loss by the options. Raises OptionError for numbers that it does not take."""
-    kernel = None if config.prior is None else config.kernel
-    return DecoupledUniformity(config.t, kernel, config.ridge, sigma=config.sigma, gather=config.gather)
+    return DecoupledUniformity(config.t, kernel_of(config), config.ridge, sigma=config.sigma, gather=config.gather)
 
 
 def altered(config: UniformityConfig) -> Augmentation:
@@ -173,7 +188,9 @@ PRESETS: dict[str, Preset] = {
     "imagenet100": {"dataset": "imagenet100", "network": "resnet50", "epochs": 100, "every": 5},
     "cub200": {"dataset": "cub200", "network": "resnet18", "epochs": 100, "every": 10},
     "utzappos": {"dataset": "utzappos", "epochs": 20, "every": 2},
-    "chexpert": {"dataset": "chexpert", "network": "resnet18", "epochs": 20, "rotation": 45.0, "jitter": 0.0},
+    "chexpert": {
+        "dataset": "chexpert", "network": "resnet18", "epochs": 20, "rotation": 45.0, "jitter": 0.0, "papers_probe": False,
+    },
     "labels": {"prior": "labels"},
     "attributes": {"prior": "attributes"},
     "vae": {"prior": "vae"},
@@ -192,7 +209,7 @@ PRESETS: dict[str, Preset] = {
     "paper-utzappos": {**PAPER, "dataset": "utzappos", "epochs": 1000, "prior": "attributes", "sigma": 100.0},
     "paper-chexpert": {
         **PAPER, **LARGE, "dataset": "chexpert", "batch_size": 1024, "lr": 2.0, "prior": "gloria.npz", "sigma": 10.0,
-        "rotation": 45.0, "jitter": 0.0,
+        "rotation": 45.0, "jitter": 0.0, "papers_probe": False,
     },
 }  # fmt: skip
 
@@ -230,15 +247,15 @@ def run(config: UniformityConfig) -> None:
     sets = load_sets(config)
     check_judged(sets.train.label[: config.probe_images], sets.test.label, config.dataset, config.papers_probe)
     prior = open_prior(config, run, sets)
+    network, loss = make_network(config, sets), loss_of(config)
+    module = synchronised(Uniform(network, loss), run.launch, run.device).to(run.device)
+    check_statistics(module, run.launch.world)
+    seed = step_generator(config.seed, BATCHES).initial_seed()
+    views = ViewBatches(sets.train, altered(config), config.batch_size, seed, run.launch, run.device, config.views)
     run.stands_on(*sets.content(), *([] if prior is None else [prior.made_from]))
-    rows = None if prior is None else prior.make()
-    network = make_network(config, sets)
-    told: dict[str, Any] | None = None
-    loss = loss_of(config)
-    if prior is not None and rows is not None:
-        images = config.batch_size if config.gather else config.batch_size // run.launch.world
-        told = {**prior.told(), "smoother": smoother(rows, loss, images)}
-    history, before, rates = train(config, run, sets, network, loss, rows)
+    rows, told = made(prior, loss, views.rows)  # last, when nothing can be wrong with the options: it may be a training
+    pair = tuple(kept(Augmented(sets.held_out, views.how, seed, view), run.device) for view in (0, 1))
+    history, before, rates = train(config, run, module, Batches(views, rows), pair)
     results: dict[str, Any] = run.launch.on_main(lambda: evaluate(config, run, sets, network))
     results = {
         **results,
@@ -252,7 +269,8 @@ def run(config: UniformityConfig) -> None:
         draw(config.output, history.records, results)
         print(table(results))
     run.finish(results)
-    gain = results["worth"]["linear"] - results["random_features"]["linear"]
+    judged = "linear" if sets.labels is None else "mean_auc"
+    gain = results["worth"][judged] - results["random_features"][judged]
     if config.check and gain < GAIN:
         raise PosthocError(
             f"after {config.epochs} epochs the linear evaluation is {gain:+.3f} beside that of random features; expected "
@@ -260,28 +278,32 @@ def run(config: UniformityConfig) -> None:
         )
 
 
+def made(
+    prior: Prior | None, loss: DecoupledUniformity, rows: BlockRows
+) -> tuple[np.ndarray | None, dict[str, Any] | None]:
+    """The rows of a prior, float32 [N, P], and what is told of it and of the smoother of as many images as the loss sees."""
+    if prior is None:
+        return None, None
+    found = prior.make()
+    check_apart(found, prior.name, loss.kernel == "cosine")
+    images = rows.batch_size if loss.gather else len(rows(0))
+    return found, {**prior.told(), "smoother": smoother(found, loss, images)}
+
+
 def train(
-    config: UniformityConfig, run: Run, sets: Sets, network: PretrainingNetwork, loss: DecoupledUniformity,
-    prior: np.ndarray | None,
-) -> tuple[History, Record, dict[str, Any]]:  # fmt: skip
-    """Pretrain the network; its history, what it made of held-out images before, and the throughput."""
-    module = synchronised(Uniform(network, loss), run.launch, run.device).to(run.device)
+    config: UniformityConfig, run: Run, module: Uniform, batches: Batches, pair: tuple[Images, ...]
+) -> tuple[History, Record, dict[str, Any]]:
+    """Pretrain the module; its history, what its network made of held-out views before, and the throughput."""
     if config.compile:
-        network.encoder.compile()
-    seed = step_generator(config.seed, BATCHES).initial_seed()
-    how = altered(config)
-    views = ViewBatches(sets.train, how, config.batch_size, seed, run.launch, run.device, config.views)
-    batches = Batches(views, prior)
-    pair = fixed_views(sets.held_out, how, seed, run.device)
+        module.network.encoder.compile()
 
     def watch() -> Record:
-        return watched(network, pair)
+        return watched(module.network, pair, run.device)
 
     module.eval()
     before = watch()
-    history = pretrain(
-        run, module, batches, views.rows.each, make_optimizer(module, config), watch, least=config.final_lr / config.lr
-    )
+    optimizer, least = make_optimizer(module, config), config.final_lr / config.lr
+    history = pretrain(run, module, batches, batches.views.rows.each, optimizer, watch, least=least)
     rates = throughput(run, module, batches)
     module.eval()
     return history, before, rates
@@ -313,9 +335,10 @@ def make_optimizer(module: nn.Module, config: UniformityConfig) -> torch.optim.O
 
 
 @torch.no_grad()
-def watched(network: PretrainingNetwork, pair: tuple[Tensor, ...]) -> Record:
-    """Of held-out images: the share whose other view is found, Wang and Isola's uniformity (t = 2), the paper's alignment."""
-    first, second = (torch.cat([network(part)[1] for part in view.split(CHUNK)]).float().cpu() for view in pair)
+def watched(network: PretrainingNetwork, pair: tuple[Images, ...], device: torch.device) -> Record:
+    """Of two views of held-out images: the share whose other one is found, Wang and Isola's uniformity (t = 2), the paper's
+    alignment."""
+    first, second = (torch.cat([network(part)[1] for part in view.chunks(device)]).float().cpu() for view in pair)
     centroids = DecoupledUniformity(gather=False).centroids(torch.stack([first, second], 1))
     return {
         "own_view_found": own_view_found(first, second),
@@ -328,12 +351,14 @@ def evaluate(config: UniformityConfig, run: Run, sets: Sets, network: Pretrainin
     """What the trained network's features are worth, and those of random weights, JSON-able."""
     probed = sets.train.first(config.probe_images or len(sets.train.label))
     found: dict[str, Any] = {}
-    for name, one in (("worth", network), ("random_features", make_network(config, sets).to(run.device))):
+    blank = make_network(config, sets).to(run.device)
+    settle(blank, probed, run.device)
+    for name, one in (("worth", network), ("random_features", blank)):
         train, test = (encode(one, images, run.device) for images in (probed, sets.test))
         if sets.labels is not None:
-            found[name] = label_worth(train, test, sets.labels, config.seed)
+            found[name] = label_worth(one, train, test, sets.labels, config.seed, run.device)
         else:
-            found[name] = class_worth(one, train, test, config.dataset, config.seed, config.papers_probe)
+            found[name] = class_worth(one, train, test, config.dataset, config.seed, config.papers_probe, run.device)
     return {**found, "parameters": sum(p.numel() for p in network.encoder.parameters())}
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..adapters.errors import DataError, OptionError, suggest
+from ..adapters.source_arrays import FileSource
 from ..adapters.source_base import Source
 from ..eval.datasets import SETS, default_data_dir, open_named
 from .decoupled_uniformity_folders import (
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 READERS: dict[str, Callable[[Path], tuple[LabelledFiles, LabelledFiles]]] = {
     "imagenet100": read_imagenet100, "cub200": read_cub, "utzappos": read_utzappos, "chexpert": read_chexpert,
 }  # fmt: skip
+SEVERAL = ("chexpert",)
+"""Sets whose images have several labels each."""
 SIDES = {"utzappos": 32}
 """Pixels of a view where it is not `SIDE`."""
 SIDE, OMNIGLOT = 224, 28
@@ -115,12 +118,11 @@ def _omniglot(config: UniformityConfig, root: Path) -> Sets:
     """Characters of the training alphabets: most drawers' images to train on, the others' to test on. Ink is bright."""
     source = open_named("omniglot", "train", root)
     label = np.asarray(source.column("label"), np.int64)
-    paths = source.names()
-    if paths is None:
+    if isinstance(source, FileSource):  # ALPHABET/CHARACTER/NUMBER_DRAWER.png
+        drawer = np.array([int(Path(path).stem.split("_")[-1]) for path in source.paths])
+        alphabet = np.array([Path(path).parent.parent.name for path in source.paths])
+    else:
         drawer, alphabet = np.asarray(source.column("drawer")), np.asarray(source.column("alphabet"))
-    else:  # ALPHABET/CHARACTER/NUMBER_DRAWER.png
-        drawer = np.array([int(Path(path).stem.split("_")[-1]) for path in paths])
-        alphabet = np.array([Path(path).parent.parent.name for path in paths])
     order = np.random.default_rng(ORDER).permutation(np.flatnonzero(drawer <= DRAWERS))
     train, test = (
         Images(255 - shaped(Chosen(source, rows), 1, OMNIGLOT), label[rows])

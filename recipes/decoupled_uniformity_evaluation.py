@@ -66,24 +66,26 @@ def _both(label: np.ndarray) -> bool:
 
 
 def class_worth(
-    network: PretrainingNetwork, train: Encoded, test: Encoded, dataset: str, seed: int, papers: bool
-) -> dict[str, float]:
+    network: PretrainingNetwork, train: Encoded, test: Encoded, dataset: str, seed: int, papers: bool,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:  # fmt: skip
     """Shares of right test labels, 0 to 1.
 
     Of a linear classifier (L-BFGS, strength chosen on training images) of pooled features and of the representation, of the
     nearest training image by cosine; top 5 of the former where there are more classes. papers: also the paper's protocol.
+    device: where classifiers are fitted.
     """
     classes = int(max(train.label.max(), test.label.max())) + 1
 
     def judged(scores: np.ndarray, k: int = 1) -> float:
         return top_k_accuracy(widened(scores, classes), test.label, k)
 
-    logits, _ = linear_probe(train.feature, train.label, test.feature, seed=seed)
+    logits, _ = linear_probe(train.feature, train.label, test.feature, seed=seed, device=device)
     found = {"linear": judged(logits)}
     if classes > TOP:
         found["top_5"] = judged(logits, TOP)
     own, other = (representation(network, part.feature) for part in (train, test))
-    logits, _ = linear_probe(own, train.label, other, seed=seed)
+    logits, _ = linear_probe(own, train.label, other, seed=seed, device=device)
     found["linear_representation"] = judged(logits)
     for name in ("feature", "projection"):
         near = nearest_label(getattr(train, name), train.label, getattr(test, name))
@@ -91,31 +93,48 @@ def class_worth(
     if papers:
         generator = step_generator(seed, PROBE)
         if dataset == "imagenet100":
-            scores = sgd_probe(own, train.label, other, IMAGENET100, generator)
+            scores = sgd_probe(own, train.label, other, IMAGENET100, generator, device)
         else:
-            scores = decoupled_uniformity_probe(own, train.label, other, generator)
+            scores = decoupled_uniformity_probe(own, train.label, other, generator, device)
         found["papers_protocol"] = judged(scores)
     return found
 
 
-def label_worth(train: Encoded, test: Encoded, names: tuple[str, ...], seed: int) -> dict[str, Any]:
-    """AUC of a linear classifier for each label, [N, L] of 0, 1 and NaN, by name, and their mean, `linear`.
+def label_worth(
+    network: PretrainingNetwork, train: Encoded, test: Encoded, names: tuple[str, ...], seed: int,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
+    """AUC of a linear classifier for each label, [N, L] of 0, 1 and NaN, by name, and their mean, `mean_auc`.
 
-    A label's unknown images (NaN) are left out, of its training and of its test images alone. Its AUC is None, and has no part
-    in the mean, where either has images of one kind only.
+    Of pooled features and, `..._representation`, of the representation. A label's unknown images (NaN) are left out, of its
+    training and of its test images alone. Its AUC is None, and has no part in the mean, where either has images of one kind
+    only. device: where classifiers are fitted.
     """
+    known = {
+        name: [int((~np.isnan(part.label[:, place])).sum()) for part in (train, test)]
+        for place, name in enumerate(names)
+    }
+    own, other = (representation(network, part.feature) for part in (train, test))
+    auc = {
+        end: _aucs(x, train.label, y, test.label, names, seed, device)
+        for end, x, y in (("", train.feature, test.feature), ("_representation", own, other))
+    }
+    means = {f"mean_auc{end}": float(np.mean([v for v in one.values() if v is not None])) for end, one in auc.items()}
+    return {**means, **{f"auc{end}": one for end, one in auc.items()}, "known_images": known}
+
+
+def _aucs(
+    feature: np.ndarray, label: np.ndarray, asked: np.ndarray, truth: np.ndarray, names: tuple[str, ...], seed: int,
+    device: torch.device | str,
+) -> dict[str, float | None]:  # fmt: skip
     found: dict[str, float | None] = {}
-    counts: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        own, other = train.label[:, place], test.label[:, place]
-        known, asked = ~np.isnan(own), ~np.isnan(other)
-        counts[name] = [int(known.sum()), int(asked.sum())]
+    for name, own, other in zip(names, label.T, truth.T, strict=True):
         if not (_both(own) and _both(other)):
             found[name] = None
             continue
-        y, truth = own[known].astype(np.int64), other[asked].astype(bool)
-        logits, _ = linear_probe(train.feature[known], y, test.feature[asked], seed=seed)
+        known, there = ~np.isnan(own), ~np.isnan(other)
+        y, right = own[known].astype(np.int64), other[there].astype(bool)
+        logits, _ = linear_probe(feature[known], y, asked[there], seed=seed, device=device)
         score = logits[:, 1] - logits[:, 0]
-        found[name] = auroc(score[~truth], score[truth])
-    judged = [value for value in found.values() if value is not None]
-    return {"linear": float(np.mean(judged)), "auc": found, "known_images": counts}
+        found[name] = auroc(score[~right], score[right])
+    return found

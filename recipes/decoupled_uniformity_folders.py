@@ -114,7 +114,12 @@ def read_cub(root: Path) -> tuple[LabelledFiles, LabelledFiles]:
             f"{folder}: images.txt, image_class_labels.txt and train_test_split.txt do not name the same images"
         )
     for file, words, fits, wanted in (
-        ("image_class_labels.txt", label, lambda word: word.isdecimal() and int(word) > 0, "the number of a class, from 1"),
+        (
+            "image_class_labels.txt",
+            label,
+            lambda word: word.isdecimal() and int(word) > 0,
+            "the number of a class, from 1",
+        ),
         ("train_test_split.txt", split, ("0", "1").__contains__, "0 or 1"),
     ):
         wrong = next((key for key, word in words.items() if not fits(word)), None)

@@ -9,7 +9,14 @@ from typing import Any
 from ..adapters.training_loop import Record
 from ..eval.plots import COLOURS, MARKERS, page
 
-SEEN = {True: "seen by the prior", False: "not seen", None: "unknown"}
+SEEN = {True: "seen by the prior", False: "not seen", None: "unknown", "annotations": "people's annotations"}
+
+
+def seen_by(prior: Mapping[str, Any] | None) -> str:
+    """What is to be read beside every figure: whether the prior of a run's results has seen labels."""
+    if prior is None:
+        return SEEN[False]
+    return "the classes themselves" if prior["holds_classes"] else SEEN[prior["seen_labels"]]
 
 
 def draw(folder: Path, records: Sequence[Record], results: Mapping[str, Any]) -> None:
@@ -41,12 +48,12 @@ def table(results: Mapping[str, Any]) -> str:
     prior = results["prior"]
     columns = [name for name, value in results["worth"].items() if isinstance(value, float)]
     several = "auc" in results["worth"]
-    heads = ["mean AUC" if several and name == "linear" else name.replace("_", " ") for name in columns]
+    heads = [name.replace("auc", "AUC").replace("_", " ") for name in columns]
     lines = ["| features | prior | labels | " + " | ".join(heads) + " |", "|---" * (len(columns) + 3) + "|"]
-    named = (prior["name"], SEEN[prior["seen_labels"]]) if prior else ("none", "not seen")
+    named = (prior["name"] if prior else "none", seen_by(prior))
     for name, told, row in (
         ("decoupled uniformity", named, results["worth"]),
-        ("random", ("-", "not seen"), results["random_features"]),
+        ("random", ("-", SEEN[False]), results["random_features"]),
     ):
         cells = " | ".join(f"{row[column]:.3f}" if several else f"{100 * row[column]:.1f} %" for column in columns)
         lines.append(f"| {name} | {told[0]} | {told[1]} | {cells} |")

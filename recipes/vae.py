@@ -1,7 +1,8 @@
 """A small variational autoencoder, and its codes as what is known of each image: a prior that no label has touched.
 
-    model = train_vae(run, images, held_out, batch_size=256, epochs=10, dim=32)
-    code = codes(model, images, run.device)         # float32 [N, dim]
+    pixels, others = (small(images, run.device) for images in (train, held_out))
+    model, seen = train_vae(run, pixels, others, batch_size=256, epochs=10, dim=32)
+    code = codes(model, pixels)                     # float32 [N, dim]
 
 Images are looked at in 32 x 32 pixels. The likelihood is Gaussian with one learned deviation for all pixels, so that no
 weight stands between the two terms (Rybkin, Daniilidis, Levine, arXiv 2006.13202).
@@ -81,11 +82,11 @@ def small(images: Labelled, device: torch.device) -> Tensor:
 
 
 def train_vae(
-    run: Run, images: Labelled, held_out: Labelled, batch_size: int, epochs: int, dim: int
+    run: Run, pixels: Tensor, held_out: Tensor, batch_size: int, epochs: int, dim: int
 ) -> tuple[ConvVAE, Record]:
-    """Train on images without their labels; the model, and what it makes of the held-out ones."""
+    """Train on images as `small` makes them, uint8 [N, C, 32, 32]; the model, and what it makes of the held-out ones."""
     seed, launch, device = run.config.seed, run.launch, run.device
-    pixels, others = small(images, device), as_floats(small(held_out, device), device)
+    others = as_floats(held_out, device)
     model: ConvVAE = seeded_module(lambda: ConvVAE(pixels.shape[1], dim), seed, WEIGHTS).to(device)
     rows = BlockRows(len(pixels), batch_size, step_generator(seed, BATCHES).initial_seed(), launch)
 
@@ -122,9 +123,7 @@ def train_vae(
 
 
 @torch.no_grad()
-def codes(model: ConvVAE, images: Labelled, device: torch.device) -> np.ndarray:
-    """The mean code of each image, float32 [N, dim]."""
+def codes(model: ConvVAE, pixels: Tensor) -> np.ndarray:
+    """The mean code of each image of `small`, float32 [N, dim]."""
     model.eval()
-    return torch.cat(
-        [model.code(as_floats(part, device))[0].cpu() for part in small(images, device).split(512)]
-    ).numpy()
+    return torch.cat([model.code(as_floats(part, part.device))[0].cpu() for part in pixels.split(512)]).numpy()

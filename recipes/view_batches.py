@@ -23,8 +23,8 @@ from .running import row_blocks
 
 BLOCK = 32
 """Rows of a batch that share a generator: so many rows, or a multiple, are a process's share."""
-CHUNK = 512
-"""Images that are augmented or encoded at a time outside the training."""
+CHUNK, PIXELS = 512, 1 << 22
+"""Images that are augmented or encoded at a time outside the training, and their pixels: fewer images of large ones."""
 ORDER, TRAINING, FIXED = range(3)  # streams of random numbers
 
 
@@ -81,8 +81,9 @@ class Images:
         return as_floats(self._at(chosen), self.pixels.device)
 
     def chunks(self, device: torch.device) -> Iterator[Tensor]:
-        """All images, float32 in 0..1, `CHUNK` at a time."""
-        return (as_floats(part, device) for part in self.pixels.split(CHUNK))
+        """All images, float32 in 0..1, `CHUNK` at a time, or as many as have `PIXELS`."""
+        each = min(CHUNK, max(1, PIXELS // (self.size[1] * self.size[2])))
+        return (as_floats(part, device) for part in self.pixels.split(each))
 
     def views(
         self, chosen: np.ndarray, how: Augmentation, generators: Sequence[torch.Generator], count: int = 1
@@ -193,6 +194,12 @@ class Augmented:
         for number, x in enumerate(self.images.chunks(device)):
             generator = step_generator(self.seed, FIXED, self.view, number)
             yield augment(x, draw(self.how, len(x), x.shape[1:], generator))
+
+
+def kept(images: Labelled, device: torch.device) -> Images:
+    """Images that are made only once, on the device, and kept on the CPU, 8 bits a number."""
+    parts = [(255.0 * x.clamp(0.0, 1.0)).round().byte().cpu() for x in images.chunks(device)]
+    return Images(torch.cat(parts), images.label)
 
 
 def fixed_views(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,23 +18,31 @@ from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import DataError, OptionError
 from posthoc.adapters.losses import DecoupledUniformity
 from posthoc.eval.feature_file import FeatureFile
+from posthoc.eval.probes import linear_probe, nearest_label
+from posthoc.recipes import decoupled_uniformity, decoupled_uniformity_evaluation, decoupled_uniformity_priors
 from posthoc.recipes.decoupled_uniformity import (
     PRESETS,
     Batches,
     Uniform,
     UniformityConfig,
     altered,
+    evaluate,
+    loss_of,
+    made,
     make_network,
     make_optimizer,
     watched,
 )
 from posthoc.recipes.decoupled_uniformity_data import load_sets
-from posthoc.recipes.decoupled_uniformity_evaluation import representation
+from posthoc.recipes.decoupled_uniformity_evaluation import class_worth, representation
 from posthoc.recipes.decoupled_uniformity_folders import Attributes
-from posthoc.recipes.decoupled_uniformity_priors import open_prior, smoother
+from posthoc.recipes.decoupled_uniformity_priors import Prior, check_apart, open_prior, smoother, write_prior
 from posthoc.recipes.options import parse
-from posthoc.recipes.vae import ConvVAE, divergence
-from posthoc.recipes.view_batches import ViewBatches
+from posthoc.recipes.pretraining_evaluation import encode, settle
+from posthoc.recipes.running import Run
+from posthoc.recipes.vae import ConvVAE, divergence, train_vae
+from posthoc.recipes.vae import small as shrunk
+from posthoc.recipes.view_batches import Augmented, Images, ViewBatches, kept
 
 from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
 from .recipe_data import write_digits, write_idx
@@ -57,12 +66,11 @@ def small(folder: Path, **more: Any) -> UniformityConfig:
     return UniformityConfig(data_dir=folder / "data", **{**given, **more})
 
 
-def test_it_learns_and_says_what_it_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_learns_without_labels_and_says_what_it_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*TINY.split(), "--epochs", "8", "--every", "4", "--train-images", "1000", "--check", "--views", "3"]
     words[words.index("--throughput-steps") + 1] = "1"
-    found = results(
-        "decoupled_uniformity", [*words, "--prior", "labels", "--papers-probe", "--output", "learns"], folder
-    )
+    found = results("decoupled_uniformity", [*words, "--t", "5", "--papers-probe", "--output", "learns"], folder)
+    assert found["prior"] is None
     assert found["worth"]["linear"] > found["random_features"]["linear"] + 0.01
     assert set(found["worth"]) == {
         "linear", "top_5", "linear_representation", "nearest_feature", "nearest_projection", "papers_protocol",
@@ -73,17 +81,15 @@ def test_it_learns_and_says_what_it_found(folder: Path, capsys: pytest.CaptureFi
     assert after == seen[-1]
     assert after["own_view_found"] > before["own_view_found"]
     assert after["uniformity"] < before["uniformity"] < 0, "images are spread"
-    told = found["prior"]
-    assert (told["name"], told["seen_labels"]) == ("labels", True)
-    assert told["smoother"]["images"] == 64
-    assert told["smoother"]["median_distance"] == pytest.approx(2**0.5)
-    assert 1 / 64 < told["smoother"]["diagonal"] < 0.5, "images of a class are averaged"
-    assert [one["diagonal"] for one in told["smoother"]["by_sigma"]] == sorted(
-        (one["diagonal"] for one in told["smoother"]["by_sigma"]), reverse=True
-    )
-    assert 0 < found["throughput"]["share"] < 2
-    assert "| decoupled uniformity | labels | seen by the prior | " in capsys.readouterr().out
+    assert "| decoupled uniformity | none | not seen | " in capsys.readouterr().out
     assert (folder / "learns" / "training.png").is_file()
+    config = small(folder, hidden=32, dim=16, batch_size=64, train_images=1000)
+    sets, own = load_sets(config), make_network(config, load_sets(config))
+    saved = torch.load(folder / "learns" / "train" / "checkpoint.pt", weights_only=True)["module"]
+    own.load_state_dict({name.removeprefix("network."): value for name, value in saved.items()})
+    train, test = (encode(own, images, CPU) for images in (sets.train, sets.test))
+    near = nearest_label(train.projection, train.label, test.projection)
+    assert found["worth"]["nearest_projection"] == (near == test.label).mean(), "the throughput has changed no weight"
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +106,7 @@ def test_a_killed_run_goes_on_to_the_same_result(folder: Path, unbroken: dict[st
     for name in ("worth", "random_features", "held_out"):
         assert resumed[name] == unbroken[name]
     assert resumed["prior"]["smoother"] == unbroken["prior"]["smoother"]
-    assert unbroken["prior"]["seen_labels"] is False
-    assert unbroken["prior"]["vae"]["held_out_error"] < 0.5
+    assert (unbroken["prior"]["seen_labels"], unbroken["prior"]["holds_classes"]) == (False, False)
 
 
 def test_two_processes_are_one(folder: Path, unbroken: dict[str, Any]) -> None:
@@ -135,9 +140,9 @@ def test_the_loss_is_the_librarys_of_each_images_views_and_prior(folder: Path) -
     feature, projected = network(views[0])
     own = representation(network, feature.detach().numpy())
     torch.testing.assert_close(network.projection[1:](torch.from_numpy(own)), projected)  # type: ignore[index]
-    pair = (views[0], views[1])
-    first, second = (nn.functional.normalize(network(view)[1], dim=1) for view in pair)
-    told = watched(network, pair)
+    pair = tuple(kept(Augmented(sets.held_out, altered(config), 0, view), CPU) for view in (0, 1))
+    first, second = (nn.functional.normalize(network(view.pixels / 255.0)[1], dim=1) for view in pair)
+    told = watched(network, pair, CPU)
     middle = (first + second).detach() / 2
     apart = torch.pdist(middle).square()
     assert told["uniformity"] == pytest.approx(float((-2 * apart).exp().mean().log()), abs=1e-5)
@@ -166,9 +171,8 @@ def test_lars_steps_by_the_length_of_a_layer(generator: torch.Generator) -> None
                 grad = ratio * (grad + 0.05 * w)
             m.mul_(0.9).add_(grad)
             w.sub_(0.7 * m)
-        for p, w, grad in zip(module.parameters(), wanted, grads, strict=True):
+        for p, w in zip(module.parameters(), wanted, strict=True):
             torch.testing.assert_close(p.detach(), w, atol=1e-5, rtol=1e-5)
-            assert torch.equal(p.grad, grad), "gradients are left alone"
     assert all(p.detach().abs().min() > 0 for p in (module[1].weight, module[0].bias)), "what began at 0 has moved"
 
 
@@ -209,6 +213,7 @@ def test_priors_by_name(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(of_network.make(), of_file.make(), atol=1e-5)
     assert of_network.seen_labels is True, "of a classifier"
     assert of_file.seen_labels is True, "the file says so"
+    assert of_file.told()["order_checked_by"] == "fingerprint"
     assert of_network.told()["network"]["embedding_dim"] == 96
     assert opened("test_resnet", random_weights=True)[0].seen_labels is False
     by_label, _ = opened("labels")
@@ -218,14 +223,15 @@ def test_priors_by_name(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"neither a file \.npz nor a known name; did you mean 'attributes'"):
         opened("atributes")
     with pytest.raises(
-        DataError, match=r"there is no such file, nor .*; `posthoc features MODEL DATA --npz FILE` writes one"
+        DataError, match=r"there is no such file, nor .*; `posthoc features MODEL fashion-mnist --npz FILE` writes one"
     ):
         opened("other.npz")
     some = SimpleNamespace(**vars(sets))
     some.attributes = lambda: Attributes(np.arange(128.0).reshape(64, 2), ("a:x", "b:y"))
     found: Any = open_prior(small(tmp_path, prior="attributes:b"), run, some)  # type: ignore[arg-type]
     np.testing.assert_array_equal(found.make(), np.arange(128.0).reshape(64, 2)[:54, 1:])
-    assert found.told() == {"name": "attributes:b", "seen_labels": True, "groups": ["b"]}
+    told = {"name": "attributes:b", "seen_labels": "annotations", "holds_classes": False, "groups": ["b"]}
+    assert found.told() == told
     some.label = np.full((64, 2), np.nan)
     with pytest.raises(OptionError, match="labels of fashion-mnist are not known for every image"):
         open_prior(small(tmp_path, prior="labels"), run, some)  # type: ignore[arg-type]
@@ -239,6 +245,20 @@ def test_the_smoother_looks_at_as_many_images_as_the_loss() -> None:
     assert "by_sigma" not in told
     some = torch.from_numpy(rows[np.linspace(0, 499, 40).astype(int)])
     assert told["diagonal"] == pytest.approx(loss.mean_diagonal(some), abs=1e-6)
+    classes = np.eye(10, dtype=np.float32)[np.arange(500) % 10]
+    told = smoother(classes, DecoupledUniformity(kernel="rbf"), 64)
+    assert told["of"] == "rbf"
+    assert told["median_distance"] == pytest.approx(2**0.5)
+    assert 1 / 64 < told["diagonal"] < 0.5, "images of a class are averaged"
+    by_width = [one["diagonal"] for one in told["by_sigma"]]
+    assert by_width == sorted(by_width, reverse=True)
+    images = Images(torch.zeros(64, 1, 8, 8, dtype=torch.uint8), np.zeros(64))
+    views = ViewBatches(images, altered(UniformityConfig()), 64, 0, Launch(0, 2), CPU)
+    prior = Prior("classes", classes, True, lambda: classes, holds_classes=True)
+    for gather, count in ((True, 64), (False, 32)):
+        config = UniformityConfig(prior="labels", gather=gather)
+        assert loss_of(config).gather is gather
+        assert made(prior, loss_of(config), views.rows)[1]["smoother"]["images"] == count  # type: ignore[index]
 
 
 def test_the_autoencoders_loss_is_its_elbo(generator: torch.Generator) -> None:
@@ -259,9 +279,26 @@ def test_the_autoencoders_loss_is_its_elbo(generator: torch.Generator) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--sigma 3", r"--sigma 3\.0 was given without --prior"),
-        ("--kernel cosine", "--kernel cosine was given without --prior"),
-        ("--prior vae --kernel cosine --sigma 2", r"--sigma 2\.0 is the width of --kernel rbf; cosine was given"),
+        ("--sigma 3", r"--sigma 3\.0 was given; it is read with a --prior"),
+        ("--kernel cosine", "--kernel cosine was given; it is read with a --prior"),
+        ("--kernel rbf", "--kernel rbf was given; it is read with a --prior"),
+        ("--ridge 1", r"--ridge 1\.0 was given; it is read with a --prior"),
+        ("--prior vae --kernel cosine --sigma 2", r"--sigma 2\.0 was given; it is read with --kernel rbf"),
+        ("--vae-dim 4", "--vae-dim 4 was given; it is read with --prior vae"),
+        ("--prior labels --vae-epochs 3", "--vae-epochs 3 was given; it is read with --prior vae"),
+        (
+            "--prior vae --checkpoint w.pth",
+            r"--checkpoint w\.pth was given; it is read with a --prior that is a network",
+        ),
+        ("--prior known.npz --random-weights", "--random-weights True was given; it is read with a --prior that is a"),
+        (
+            "--prior attributes:shape --cache-dir a",
+            "--cache-dir a was given; it is read with a --prior that is a network",
+        ),
+        ("--size 64", "--size 64 was given; it is read with --dataset imagenet100, cub200, utzappos, chexpert"),
+        ("--preset omniglot --size 64", "--size 64 was given; it is read with --dataset imagenet100"),
+        ("--momentum 0.5", r"--momentum 0\.5 was given; it is read with --optimizer sgd or lars"),
+        ("--preset chexpert --papers-probe", "--papers-probe True was given; .* chexpert has several labels"),
         ("--prior vae --ridge 0", r"ridge=0\.0 was given; use a positive number, or None"),
         ("--t 0", r"t=0\.0 was given"),
         ("--momentum 1", r"--momentum 1\.0 was given"),
@@ -273,3 +310,121 @@ def test_the_autoencoders_loss_is_its_elbo(generator: torch.Generator) -> None:
 def test_what_cannot_work_is_said_at_once(words: str, said: str) -> None:
     with pytest.raises(OptionError, match=said):
         parse("decoupled_uniformity", UniformityConfig, PRESETS, None, words.split())
+
+
+def test_a_kernel_stands_where_there_is_a_prior() -> None:
+    assert loss_of(UniformityConfig()).kernel is None
+    assert loss_of(UniformityConfig(prior="labels")).kernel == "rbf"
+    assert loss_of(UniformityConfig(prior="labels", kernel="cosine")).kernel == "cosine"
+    for preset in ("chexpert", "paper-chexpert"):
+        parse("decoupled_uniformity", UniformityConfig, PRESETS, None, ["--preset", "paper", preset])
+
+
+def test_random_features_have_batchnorms_statistics_and_probes_the_runs_device(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(folder, norm="batch", papers_probe=True)
+    sets, run = load_sets(config), SimpleNamespace(device=torch.device("cpu", 0))
+    placed: list[Any] = []
+
+    def fitted(*arguments: Any, **more: Any) -> Any:
+        placed.append(more["device"])
+        return linear_probe(*arguments, **more)
+
+    def papers(
+        feature: Any, label: np.ndarray, test: np.ndarray, generator: torch.Generator, device: Any
+    ) -> np.ndarray:
+        placed.append(device)
+        return np.zeros((len(test), 10))
+
+    monkeypatch.setattr(decoupled_uniformity_evaluation, "linear_probe", fitted)
+    monkeypatch.setattr(decoupled_uniformity_evaluation, "decoupled_uniformity_probe", papers)
+    found = evaluate(config, run, sets, make_network(config, sets))  # type: ignore[arg-type]
+    assert placed == [run.device] * 6
+    blank = make_network(config, sets)
+    settle(blank, sets.train, CPU)
+    train, test = (encode(blank, images, CPU) for images in (sets.train, sets.test))
+    assert found["random_features"] == class_worth(blank, train, test, config.dataset, 0, True, run.device)
+    assert found["random_features"] != found["worth"], "a network whose statistics nothing has set"
+
+
+def test_the_autoencoder_learns_what_images_look_like(folder: Path, tmp_path: Path) -> None:
+    config = small(folder, batch_size=64, train_images=700, output=tmp_path / "out")
+    sets, run = load_sets(config), Run("decoupled_uniformity", config)
+    pixels, others = (shrunk(images, CPU) for images in (sets.train, sets.held_out))
+    _, last = train_vae(run, pixels, others, 64, 6, 8)
+    errors = [record["held_out_error"] for record in records(tmp_path / "out", "vae")]
+    middle = pixels.float().mean(0)
+    blind = float((others.float() - middle).square().mean().sqrt()) / 255
+    assert errors == sorted(errors, reverse=True)
+    assert last["held_out_error"] == errors[-1] < 0.85 * blind, "better than the mean of all images"
+    assert last["dimensions_used"] > 1
+
+
+def test_a_prior_must_tell_images_apart(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(50, 1)).astype(np.float32)
+    check_apart(rows, "scalars")
+    for wrong, cosine in (
+        (np.full((50, 3), 7.0, np.float32), False),
+        (np.zeros((50, 3), np.float32), True),
+        (np.zeros((50, 0), np.float32), False),
+        (np.abs(rows), True),  # all in one direction
+    ):
+        with pytest.raises(DataError, match=r"--prior known: its rows \[50, \d\] tell no two images apart"):
+            check_apart(wrong, "known", cosine)
+    prior = Prior("known", "known", False, lambda: np.ones((54, 2), np.float32))
+    monkeypatch.setattr(decoupled_uniformity, "open_prior", lambda *_: prior)
+    with pytest.raises(DataError, match="tell no two images apart"):
+        decoupled_uniformity.run(small(folder, output=tmp_path / "out", prior="vae"))
+    config, model = small(folder, output=tmp_path / "vae", prior="vae"), SimpleNamespace(eval=lambda: None)
+    collapsed = (model, {"dimensions_used": 0.0})
+    monkeypatch.setattr(decoupled_uniformity_priors, "train_vae", lambda *_: collapsed)
+    found = open_prior(config, SimpleNamespace(device=CPU), load_sets(config))  # type: ignore[arg-type]
+    assert found is not None
+    with pytest.raises(DataError, match="no dimension of the codes says anything of an image: give more --vae-epochs"):
+        found.make()
+
+
+def test_held_out_views_are_kept_small(generator: torch.Generator) -> None:
+    pixels = torch.randint(0, 256, (6, 3, 10, 12), generator=generator, dtype=torch.uint8)
+    view = Augmented(Images(pixels, np.arange(6)), altered(UniformityConfig()), 3, 1)
+    found = kept(view, CPU)
+    assert (found.pixels.dtype, found.size) == (torch.uint8, (3, 10, 12))
+    wanted = torch.cat(list(view.chunks(CPU)))
+    torch.testing.assert_close(torch.cat(list(found.chunks(CPU))), wanted, atol=0.5 / 255 + 1e-6, rtol=0)
+    large = Images(torch.zeros(9, 1, 1024, 1024, dtype=torch.uint8), np.arange(9))
+    assert [len(chunk) for chunk in large.chunks(CPU)] == [4, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prior", "vae", "--network", "resnet_18"], "resnet_18"),
+        (["--prior", "vae", "--batch-size", "50"], "multiple of 32"),
+        (["--lr", "1e-9", "--check"], r"linear evaluation is .* beside that of random features; expected \+0\.010"),
+    ],
+)
+def test_what_a_run_cannot_do(
+    words: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        results("decoupled_uniformity", [*SHORT, *words, "--output", str(output)], folder)
+    assert re.search(said, capsys.readouterr().err)
+    assert not list(output.glob("vae/*")), "nothing was trained before"
+    assert (output / "config.json").exists() == (output / "results.json").exists() == ("--check" in words)
+
+
+def test_a_run_goes_on_with_the_same_prior_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = load_sets(small(folder))
+    rows = np.random.default_rng(0).normal(size=(len(sets.source), 3))
+    words = [*SHORT, "--prior", "mine.npz", "--output", "own"]
+    words[words.index("--epochs") + 1] = "1"
+    write_prior(folder / "data" / "mine.npz", rows, sets)
+    found = results("decoupled_uniformity", words, folder)
+    assert found["prior"]["seen_labels"] is None
+    (folder / "own" / "results.json").unlink()
+    write_prior(folder / "data" / "mine.npz", rows + 1.0, sets, seen_labels=True)
+    with pytest.raises(SystemExit):
+        results("decoupled_uniformity", [*words, "--resume"], folder)
+    assert "was made from other data or weights" in capsys.readouterr().err

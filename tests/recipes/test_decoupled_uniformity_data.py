@@ -13,8 +13,18 @@ from PIL import Image
 
 from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import DataError, OptionError
+from posthoc.adapters.training_loop import step_generator
+from posthoc.recipes import image_files
 from posthoc.recipes.augmentations import Augmentation
-from posthoc.recipes.decoupled_uniformity import UniformityConfig
+from posthoc.recipes.decoupled_uniformity import (
+    BATCHES,
+    Batches,
+    Uniform,
+    UniformityConfig,
+    altered,
+    loss_of,
+    make_network,
+)
 from posthoc.recipes.decoupled_uniformity_data import load_sets
 from posthoc.recipes.decoupled_uniformity_evaluation import check_judged, class_worth, label_worth, projector
 from posthoc.recipes.decoupled_uniformity_folders import (
@@ -24,19 +34,26 @@ from posthoc.recipes.decoupled_uniformity_folders import (
     read_imagenet100,
     read_utzappos,
 )
-from posthoc.recipes.decoupled_uniformity_priors import read_prior
+from posthoc.recipes.decoupled_uniformity_priors import check_apart, open_prior, read_prior, write_prior
+from posthoc.recipes.decoupled_uniformity_report import seen_by
 from posthoc.recipes.image_files import FileImages
 from posthoc.recipes.pretraining_evaluation import Encoded
+from posthoc.recipes.running import Run
 from posthoc.recipes.view_batches import ViewBatches
 
-from .recipe_children import results
+from .recipe_children import records, results, results_of_two
 from .test_lam_data import picture
 
 CPU = torch.device("cpu")
+FILES = (
+    "--data-dir . --size 24 --network small --width 8 --hidden 16 --dim 8 --batch-size 32 --epochs 1 --throughput-steps 1 "
+    "--rotation 20"
+)
 
 
 def options(root: Path, dataset: str, **more: Any) -> UniformityConfig:
-    return UniformityConfig(dataset=dataset, data_dir=root, **{"batch_size": 32, "size": 24, **more})
+    size = None if dataset == "omniglot" else 24
+    return UniformityConfig(dataset=dataset, data_dir=root, **{"batch_size": 32, "size": size, **more})
 
 
 def imagenet(root: Path, classes: int = 100) -> Path:
@@ -115,7 +132,7 @@ def test_imagenet100_is_a_hundred_folders_or_a_list_of_them(tmp_path: Path) -> N
     with pytest.raises(DataError, match="lay ImageNet's folders train and val there"):
         read_imagenet100(tmp_path / "nowhere")
     with pytest.raises(OptionError, match="did you mean 'imagenet100'"):
-        load_sets(options(tmp_path, "imagenet10"))
+        load_sets(options(tmp_path, "imagenet10", size=None))
 
 
 def test_cub200_has_its_own_split_and_attributes(tmp_path: Path) -> None:
@@ -184,14 +201,21 @@ def test_every_label_is_judged_on_the_images_where_it_is_known() -> None:
     label[::3, 0] = np.nan  # where it is not known the features would mislead
     feature[::3, 0] *= -1
     train, test = (Encoded(feature[part], feature[part], label[part]) for part in (slice(0, 250), slice(250, 400)))
-    found = label_worth(train, test, ("a", "b", "c"), 0)
+    network: Any = SimpleNamespace(projection=projector(5, 8, 3))
+    with torch.no_grad():  # a representation that has lost the second label
+        network.projection[0].weight.copy_(torch.eye(8, 5) * torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]))
+    found = label_worth(network, train, test, ("a", "b", "c"), 0)
     assert found["auc"]["c"] is None
     known = ~np.isnan(test.label[:, 0])
     assert found["known_images"]["a"] == [int((~np.isnan(train.label[:, 0])).sum()), int(known.sum())]
     wanted = metrics.roc_auc_score(test.label[known, 0], test.feature[known, 0])
     assert found["auc"]["a"] == pytest.approx(wanted, abs=0.01)
     assert found["auc"]["b"] > 0.99
-    assert found["linear"] == pytest.approx((found["auc"]["a"] + found["auc"]["b"]) / 2)
+    assert found["mean_auc"] == pytest.approx((found["auc"]["a"] + found["auc"]["b"]) / 2)
+    lost = found["auc_representation"]
+    assert lost["a"] == pytest.approx(wanted, abs=0.01)
+    assert abs(lost["b"] - 0.5) < 0.15
+    assert found["mean_auc_representation"] == pytest.approx((lost["a"] + lost["b"]) / 2)
     with pytest.raises(DataError, match="no label has both"):
         check_judged(train.label, np.zeros((400, 3)), "chexpert", False)
     check_judged(train.label, test.label, "chexpert", False)
@@ -266,19 +290,22 @@ def test_views_of_files_belong_to_rows_of_the_whole_launch(tmp_path: Path) -> No
 def test_a_prior_file_must_be_in_the_sets_order(tmp_path: Path) -> None:
     label, rows = np.arange(6) % 3, np.arange(12.0).reshape(6, 2)
     np.savez(tmp_path / "a.npz", prior=rows, labels=label)
-    found, seen = read_prior(tmp_path / "a.npz", label)
+    found, seen, checked = read_prior(tmp_path / "a.npz", label, {})
     np.testing.assert_array_equal(found, rows)
-    assert seen is None
+    assert (seen, checked) == (None, "labels")
     np.savez(tmp_path / "b.npz", prior=np.stack([rows, -rows], 1), labels=label, seen_labels=np.array(False))
-    found, seen = read_prior(tmp_path / "b.npz", label)
+    found, seen, _ = read_prior(tmp_path / "b.npz", label, {})
     np.testing.assert_array_equal(found, rows)
     assert seen is False
     unknown = np.array([[0.0, np.nan], [1.0, 0.0]])
     np.savez(tmp_path / "c.npz", prior=rows[:2], labels=unknown)
-    read_prior(tmp_path / "c.npz", unknown.copy())
+    read_prior(tmp_path / "c.npz", unknown.copy(), {})
     for arrays, said in (
         ({"prior": rows}, "has no labels; expected the keys prior and labels"),
-        ({"prior": rows[:5], "labels": label[:5]}, r"expected numbers \[6, P\] and \[6\]"),
+        ({"prior": rows[:5], "labels": label[:5]}, r"labels are int64 \[5\]; expected \[6\]"),
+        ({"prior": rows[:5], "labels": label}, r"prior is float64 \[5, 2\]; expected numbers \[6, P\]"),
+        ({"prior": rows[:, :0], "labels": label}, r"prior is float64 \[6, 0\]; expected numbers .* P at least 1"),
+        ({"prior": np.zeros((6, 0, 4)), "labels": label}, r"prior is float64 \[6, 0, 4\]; expected numbers"),
         (
             {"prior": rows, "labels": label[::-1]},
             r"labels of 4 of 6 rows are not the set's, first row 0 \(2 there, 0 here\)",
@@ -289,27 +316,176 @@ def test_a_prior_file_must_be_in_the_sets_order(tmp_path: Path) -> None:
         wrong: Any = arrays
         np.savez(tmp_path / "wrong.npz", **wrong)
         with pytest.raises(DataError, match=said):
-            read_prior(tmp_path / "wrong.npz", label)
+            read_prior(tmp_path / "wrong.npz", label, {})
     (tmp_path / "wrong.npz").write_text("no zip")
     with pytest.raises(DataError, match=r"cannot be read as an \.npz"):
-        read_prior(tmp_path / "wrong.npz", label)
+        read_prior(tmp_path / "wrong.npz", label, {})
 
 
-@pytest.mark.parametrize("dataset", ["cub200", "chexpert"])
-def test_a_run_on_image_files(dataset: str, tmp_path: Path) -> None:
-    words = f"--dataset {dataset} --data-dir . --size 24 --network small --width 8 --hidden 16 --dim 8 --batch-size 32"
-    words += " --epochs 1 --throughput-steps 1 --rotation 20 --output out"
-    if dataset == "cub200":
-        cub(tmp_path)
-        found = results("decoupled_uniformity", [*words.split(), "--prior", "attributes:has_tail"], tmp_path)
-        assert found["prior"]["groups"] == ["has_tail"]
-        assert found["prior"]["seen_labels"] is True
-        assert found["images"] == {"train": 33, "held_out": 3, "test": 12}
-    else:
-        chexpert(tmp_path)
-        found = results("decoupled_uniformity", words.split(), tmp_path)
-        assert found["prior"] is None
-        known = {name for name, value in found["worth"]["auc"].items() if value is not None}
-        assert known == {PATHOLOGIES[0]}, "of the others the copy has no sick patient"
-        assert 0 <= found["worth"]["linear"] == found["worth"]["auc"][PATHOLOGIES[0]] <= 1
+def test_images_of_a_class_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    """CUB-200 by `write_prior`: the set's own file fits, and one whose rows of a class have changed places does not."""
+    sets = load_sets(options(cub(tmp_path), "cub200"))
+    names, rows = sets.source.names(), np.arange(36.0)[:, None]
+    assert names is not None
+    write_prior(tmp_path / "mine.npz", rows, sets, seen_labels=False)
+    run: Any = SimpleNamespace(device=CPU)
+    prior = open_prior(options(tmp_path, "cub200", prior="mine.npz"), run, sets)
+    assert prior is not None
+    np.testing.assert_array_equal(prior.make(), rows[sets.rows])
+    assert prior.told() == {
+        "name": "mine.npz", "seen_labels": False, "holds_classes": False, "order_checked_by": "names",
+    }  # fmt: skip
+    with np.load(tmp_path / "mine.npz") as file:
+        arrays: Any = dict(file)
+    first, second = np.flatnonzero(sets.label == 2)[:2]
+    arrays["names"][[first, second]] = arrays["names"][[second, first]]
+    np.savez(tmp_path / "mine.npz", **arrays)
+    with pytest.raises(
+        DataError, match=rf"names of 2 of 36 rows are not the set's, first row {first} \(images/003\.Bird"
+    ):
+        open_prior(options(tmp_path, "cub200", prior="mine.npz"), run, sets)
+    order = {"fingerprint": np.array("a")}
+    np.savez(tmp_path / "array.npz", prior=rows, labels=sets.label, fingerprint=np.array("b"))
+    with pytest.raises(DataError, match="its images are others than the set's, or in another order"):
+        read_prior(tmp_path / "array.npz", sets.label, order)
+    with pytest.raises(DataError, match=r"`write_prior` \(docs/recipes\.md\) writes one of your own rows"):
+        open_prior(options(tmp_path, "cub200", prior="other.npz"), run, sets)
+    for wrong, said in ((rows[1:], r"expected numbers \[36, P\]"), (rows * np.nan, "not finite in row 0")):
+        with pytest.raises(DataError, match=said):
+            write_prior(tmp_path / "wrong.npz", wrong, sets)
+    assert not (tmp_path / "wrong.npz").exists()
+
+
+def damaged(path: Path, line: int, text: str) -> None:
+    lines = path.read_text().splitlines()
+    lines[line - 1] = text
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "text", "said"),
+    [
+        (
+            "image_class_labels.txt",
+            3,
+            "3 three",
+            r"image_class_labels\.txt, line '3 three': expected the number of a class",
+        ),
+        ("train_test_split.txt", 3, "3 2", r"train_test_split\.txt, line '3 2': expected 0 or 1"),
+        (
+            "attributes/image_attribute_labels.txt",
+            5,
+            "2 2",
+            r"image_attribute_labels\.txt, line 5: '2 2'; expected an image",
+        ),
+        ("attributes/image_attribute_labels.txt", 5, "2 9 1 3 1.5", r"line 5: '2 9 1 3 1\.5'; expected"),
+        ("attributes/image_attribute_labels.txt", 5, "2 2 yes 3 1.5", "line 5: .*0 or 1"),
+    ],
+)
+def test_a_damaged_table_of_cub200_is_named(file: str, line: int, text: str, said: str, tmp_path: Path) -> None:
+    damaged(cub(tmp_path) / "CUB_200_2011" / file, line, text)
+    with pytest.raises(DataError, match=said):
+        read_cub(tmp_path)[0].attributes()  # type: ignore[misc]
+
+
+def test_damaged_tables_of_zappos_and_chexpert_are_named(tmp_path: Path) -> None:
+    table = zappos(tmp_path) / "ut-zap50k/ut-zap50k-data/meta-data-bin.csv"
+    whole = table.read_text()
+    for text, said in (
+        ("000-7,1,0,0", r"meta-data-bin\.csv, line 61: there is not one cell for each of the 5 columns"),
+        ("000-7,1,0,0,1,5", r"meta-data-bin\.csv, line 61: there is not one cell for each of the 5 columns"),
+        ("000-7,1,0,,1", r"meta-data-bin\.csv, CID 000-7: Material\.Suede is ''; expected 0 or 1"),
+    ):
+        damaged(table, 61, text)
+        (part,) = [one for one in read_utzappos(tmp_path) if any(path.stem == "000.7" for path in one.paths)]
+        with pytest.raises(DataError, match=said):
+            part.attributes()  # type: ignore[misc]
+        table.write_text(whole)
+    table = chexpert(tmp_path) / "CheXpert-v1.0-small/train.csv"
+    whole = table.read_text()
+    row = whole.splitlines()[3]
+    for text, said in (
+        (row[: row.rindex(",")], r"train\.csv, line 4: there is not one cell for each of the 19 columns"),
+        (row.replace("-1.0", "ill"), r"train\.csv, .*patient00002.*: Cardiomegaly is 'ill'; expected 1, 0, -1"),
+    ):
+        damaged(table, 4, text)
+        with pytest.raises(DataError, match=said):
+            read_chexpert(tmp_path)
+        table.write_text(whole)
+    table.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"train\.csv is no text"):
+        read_chexpert(tmp_path)
+
+
+def test_omniglots_alphabets_are_in_its_parquet_file_too(shared: Path) -> None:
+    sets = load_sets(options(shared / "data", "omniglot"))
+    assert sets.attributes is not None
+    found = sets.attributes()
+    assert found.groups() == ["alphabet", "character"]
+    assert found.of_groups(["alphabet"]).values.sum(0).tolist() == [20 * kinds for kinds in (24, 22, 24, 40, 26)]
+    assert len(np.unique(found.of_groups(["character"]).values, axis=0)) == 136
+    assert (len(sets.train.label) + len(sets.held_out.label), len(sets.test.label)) == (136 * 15, 136 * 5)
+    told: dict[str, Any] = {}
+    for name in ("attributes", "attributes:alphabet", "attributes:character", "attributes:alphabet,character"):
+        prior = open_prior(options(shared / "data", "omniglot", prior=name), SimpleNamespace(device=CPU), sets)  # type: ignore[arg-type]
+        assert prior is not None
+        told[name] = prior.told()
+        assert seen_by(told[name]) == ("the classes themselves" if "character" in name else "people's annotations")
+        assert told[name]["seen_labels"] == (True if "character" in name else "annotations")
+        check_apart(prior.make(), name)
+    assert told["attributes"]["groups"] == ["alphabet"], "what is judged is left out unless it is asked for"
+
+
+def test_image_files_are_read_once_for_the_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = options(cub(tmp_path), "cub200", prior="vae", vae_epochs=2, vae_dim=4, output=tmp_path / "out")
+    sets, run = load_sets(config), Run("decoupled_uniformity", config)
+    prior, seen, before = open_prior(config, run, sets), [], image_files.open_image
+
+    def opened(path: Path) -> Any:
+        seen.append(Path(path))
+        return before(path)
+
+    monkeypatch.setattr(image_files, "open_image", opened)
+    assert prior is not None
+    assert prior.make().shape == (33, 4)
+    known: Any = (sets.train.paths, sets.held_out.paths)  # type: ignore[union-attr]
+    assert sorted(seen) == sorted([*known[0], *known[1]])
+
+
+def test_a_run_on_image_files_with_several_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--dataset chexpert {FILES} --output out"
+    chexpert(tmp_path)
+    found = results("decoupled_uniformity", words.split(), tmp_path)
+    assert found["prior"] is None
+    known = {name for name, value in found["worth"]["auc"].items() if value is not None}
+    assert known == {PATHOLOGIES[0]}, "of the others the copy has no sick patient"
+    assert 0 <= found["worth"]["mean_auc"] == found["worth"]["auc"][PATHOLOGIES[0]] <= 1
+    assert "| mean AUC | mean AUC representation |" in capsys.readouterr().out
     assert found["held_out"]["after"]["step"] == 1
+
+
+def test_two_processes_on_image_files_without_gathering(tmp_path: Path) -> None:
+    """Each takes the loss of its own images, as the paper's code does: of the first step both losses are known by hand."""
+    words = f"--dataset cub200 {FILES} --prior attributes:has_tail --no-gather --output out"
+    cub(tmp_path, each=24)
+    found = results_of_two("decoupled_uniformity", [word if word != "32" else "64" for word in words.split()], tmp_path)
+    assert found["prior"]["groups"] == ["has_tail"]
+    assert found["prior"]["seen_labels"] == "annotations"
+    assert found["prior"]["smoother"]["images"] == 32
+    assert found["images"] == {"train": 65, "held_out": 7, "test": 24}
+    config = options(
+        tmp_path, "cub200", batch_size=64, width=8, hidden=16, dim=8, rotation=20.0, prior="attributes:has_tail"
+    )
+    sets = load_sets(config)
+    assert sets.attributes is not None
+    rows = sets.attributes().of_groups(["has_tail"]).values[sets.rows]
+    seed, losses = step_generator(0, BATCHES).initial_seed(), []
+    for rank in (0, 1):
+        views = ViewBatches(sets.train, altered(config), 64, seed, Launch(rank, 2), CPU)
+        module = Uniform(make_network(config, sets), loss_of(config))
+        losses.append(float(module(*Batches(views, rows)(0)).detach()))
+    (record,) = records(tmp_path / "out")
+    assert record["train_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+    whole = ViewBatches(sets.train, altered(config), 64, seed, Launch(0, 1), CPU)
+    both = Uniform(make_network(config, sets), loss_of(config))(*Batches(whole, rows)(0))
+    assert abs(record["train_loss"] - float(both.detach())) > 1e-3
