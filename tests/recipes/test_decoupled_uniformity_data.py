@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import DataError, OptionError
 from posthoc.adapters.training_loop import step_generator
+from posthoc.eval.feature_file import order_of
 from posthoc.recipes import image_files
 from posthoc.recipes.augmentations import Augmentation
 from posthoc.recipes.decoupled_uniformity import (
@@ -354,6 +356,18 @@ def test_images_of_a_class_are_told_apart_by_their_names(tmp_path: Path) -> None
         with pytest.raises(DataError, match=said):
             write_prior(tmp_path / "wrong.npz", wrong, sets)
     assert not (tmp_path / "wrong.npz").exists()
+
+
+def test_the_docs_snippet_writes_a_file_for_a_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
+    (snippet,) = [one for one in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "write_prior" in one]
+    (tmp_path / "DATA").mkdir()
+    chexpert(tmp_path / "DATA", 300)
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {"encode": lambda files: np.arange(2.0 * len(files)).reshape(-1, 2)})
+    sets = load_sets(options(tmp_path / "DATA", "chexpert"))
+    rows, seen, checked = read_prior(tmp_path / "DATA" / "gloria.npz", sets.label, order_of(sets.source))
+    assert (rows.shape, seen, checked) == ((300, 2), False, "names")
 
 
 def damaged(path: Path, line: int, text: str) -> None:
