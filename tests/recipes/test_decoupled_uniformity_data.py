@@ -499,7 +499,7 @@ def test_two_processes_on_image_files_without_gathering(tmp_path: Path) -> None:
         module = Uniform(make_network(config, sets), loss_of(config))
         losses.append(float(module(*Batches(views, rows)(0)).detach()))
     (record,) = records(tmp_path / "out")
-    assert record["train_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+    assert record["train_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
     whole = ViewBatches(sets.train, altered(config), 64, seed, Launch(0, 1), CPU)
     both = Uniform(make_network(config, sets), loss_of(config))(*Batches(whole, rows)(0))
-    assert abs(record["train_loss"] - float(both.detach())) > 1e-3
+    assert abs(record["train_loss"] - float(both.detach())) > 2e-4
