@@ -111,36 +111,48 @@ class Strip:
     flags: Sequence[bool]
 
 
+GAP, STEP, LINE = 0.6, 1.12, 1.42
+"""Of a gallery, in sides of an image: between its strips, and from one image and from one row to the next."""
+
+
 def gallery(figure: Figure | SubFigure, rows: Sequence[tuple[str, Strip, Strip]], title: str) -> None:
     """Two strips of images side by side in every row, such as the most and the least certain, under a common title.
 
     `rows` are (name, left, right); the strips' titles are written once, above the first row. Images are what
-    matplotlib can show: PIL or arrays; grey ones are drawn dark on light.
+    matplotlib can show: PIL or arrays; grey ones are drawn dark on light. All are drawn in one axis, which takes a
+    quarter of the time that an axis for each image does.
     """
-    count = max(len(strip.images) for _, *strips in rows for strip in strips)
+    width = STEP * max(len(strip.images) for _, *strips in rows for strip in strips)
+    starts = (0.0, width + GAP)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
-    widths = [2.2] + [1.0] * count + [0.5] + [1.0] * count
-    axes = figure.subplots(len(rows), len(widths), width_ratios=widths, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for line, (name, *strips) in zip(axes, rows, strict=True):
-        line[0].text(0.0, 0.5, name, va="center", fontweight="bold", transform=line[0].transAxes)
-        for start, strip in zip((1, count + 2), strips, strict=True):
-            for axis, image, word, flag in zip(line[start:], strip.images, strip.words, strip.flags, strict=False):
-                _thumbnail(axis, image, word, flag)
-    for start, strip in zip((1, count + 2), rows[0][1:], strict=True):
-        axes[0][start].set_title(strip.title, fontweight="normal", fontsize=10, pad=7)
-
-
-def _thumbnail(axis: Axes, image: Any, word: str, flag: bool) -> None:
-    pixels = np.asarray(image)
-    axis.imshow(pixels, cmap="gray_r" if pixels.ndim == 2 else None, interpolation="nearest")
-    axis.set_axis_on()
+    axis = figure.subplots()
+    for line, (_, *strips) in enumerate(rows):
+        for start, strip in zip(starts, strips, strict=True):
+            cells = zip(strip.images, strip.words, strip.flags, strict=True)
+            for place, (image, word, flag) in enumerate(cells):
+                _thumbnail(axis, start + STEP * place, LINE * line, image, word, flag)
+    for start, strip in zip(starts, rows[0][1:], strict=True):
+        axis.text(start, -0.15, strip.title, va="bottom", fontsize=10)
+    axis.set(xlim=(-0.1, starts[1] + width), ylim=(LINE * len(rows), -0.6), aspect="equal", anchor="NW", xticks=[])
+    axis.set_yticks([LINE * line + 0.5 for line in range(len(rows))], [name for name, *_ in rows], fontweight="bold")
+    axis.tick_params(length=0)
     axis.grid(False)
-    axis.set(xticks=[], yticks=[])
-    axis.set_xlabel(word, fontsize=8, labelpad=2, color=FLAG if flag else INK)
-    for spine in axis.spines.values():
-        spine.set(visible=True, color=FLAG if flag else FAINT, linewidth=2.4 if flag else 0.8)
+    axis.spines[:].set_visible(False)
+
+
+def _thumbnail(axis: Axes, x: float, y: float, image: Any, word: str, flag: bool) -> None:
+    """An image in the square of side 1 that begins at (x, y), framed, and a word under it."""
+    pixels = np.asarray(image)
+    tall, wide = (side / max(pixels.shape[:2]) for side in pixels.shape[:2])
+    left, top = x + (1.0 - wide) / 2, y + (1.0 - tall) / 2
+    axis.imshow(
+        pixels, cmap="gray_r" if pixels.ndim == 2 else None, interpolation="nearest",
+        extent=(left, left + wide, top + tall, top),
+    )  # fmt: skip
+    frame = require("matplotlib.patches", "matplotlib").Rectangle((left, top), wide, tall, fill=False)
+    frame.set(edgecolor=FLAG if flag else FAINT, linewidth=2.4 if flag else 0.8)
+    axis.add_patch(frame)
+    axis.text(x + 0.5, top + tall + 0.06, word, ha="center", va="top", fontsize=8, color=FLAG if flag else INK)
 
 
 def intervals(

@@ -136,7 +136,7 @@ def certainty_grid(
             below = [words[label[row]] if words else str(label[row]) for row in end]
             strips.append(Strip(title, [picture(int(row)) for row in end], below, [False] * len(end)))
         rows.append((name, strips[0], strips[1]))
-    with page(path, 15.0, 0.9 * len(rows) + 1.1) as figure:
+    with page(path, 15.0, 0.75 * len(rows) + 0.9) as figure:
         gallery(figure, rows, "Certain and uncertain")
 
 

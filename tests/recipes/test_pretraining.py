@@ -20,11 +20,12 @@ from posthoc.adapters.errors import BackboneError, OptionError
 from posthoc.adapters.source_arrays import ArraySource, ListSource
 from posthoc.adapters.training_loop import run_plan, step_generator
 from posthoc.eval.dataset_classes import CLASSES
+from posthoc.eval.plots import gallery
 from posthoc.eval.probe_protocols import TAU, sgd_probe
 from posthoc.recipes.augmentations import Augmentation
 from posthoc.recipes.image_sets import Chosen, other_sets, other_sources, shaped, spread_over
 from posthoc.recipes.pretraining import Ahead, PretrainingConfig, own_view_found, throughput
-from posthoc.recipes.pretraining_evaluation import PROBE, Encoded, worth
+from posthoc.recipes.pretraining_evaluation import PROBE, Encoded, certainty_grid, worth
 from posthoc.recipes.pretraining_networks import PretrainingNetwork, image_encoder, projection_head, synchronised
 from posthoc.recipes.view_batches import BLOCK, Augmented, Images, ViewBatches, fixed_views
 
@@ -276,6 +277,29 @@ def test_what_features_are_worth(generator: torch.Generator) -> None:
     logits = sgd_probe(train.feature, train.label, test.feature, TAU, step_generator(0, PROBE))
     assert found["linear_papers_sgd_unaugmented"] == (logits.argmax(1) == test.label).mean()
     assert set(worth(train, test, 0)) == {"linear", "nearest_feature", "nearest_projection"}
+
+
+def test_the_grid_shows_both_ends_of_every_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(
+        "posthoc.recipes.pretraining_evaluation.gallery",
+        lambda figure, rows, title: (figures.append(figure), gallery(figure, rows, title)),
+    )
+    score, label = np.arange(30.0), np.arange(30) % 2
+    scores = {"up": score, "down": -score}
+    certainty_grid(tmp_path / "ends.png", lambda row: np.full((4, 8), row), label, scores, ["cat", "dog"])
+    assert (tmp_path / "ends.png").stat().st_size
+    ((axis,),) = (figure.axes for figure in figures)
+    low, high = list(range(12)), list(range(29, 17, -1))
+    assert [int(image.get_array()[0, 0]) for image in axis.images] == [*low, *high, *high, *low]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["up", "down"]
+    words = [text.get_text() for text in axis.texts]
+    assert words == [*(["cat", "dog"][row % 2] for row in (*low, *high, *high, *low)), "most certain", "least certain"]
+    boxes = np.array([image.get_extent() for image in axis.images])
+    assert np.allclose(boxes[:, 1] - boxes[:, 0], 2 * (boxes[:, 2] - boxes[:, 3])), "images keep their shape"
+    for line in boxes.reshape(2, 24, 4):
+        assert (line[1:, 0] > line[:-1, 1]).all(), "none lies on another"
+    assert boxes[24:, 3].min() > boxes[:24, 2].max()
 
 
 def test_a_view_of_every_image_is_one_of_the_fixed_views() -> None:
