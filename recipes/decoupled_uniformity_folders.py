@@ -13,7 +13,7 @@ import numpy as np
 
 from ..adapters.errors import DataError, OptionError, suggest
 from ..adapters.source_arrays import IMAGE_ENDINGS
-from .lam_folders import check_files, find_folder, read_lines, read_pairs, read_table
+from .lam_folders import check_files, find_folder, read_classes, read_lines, read_pairs, read_table
 
 CLASSES = 100
 """Of ImageNet-100."""
@@ -106,31 +106,23 @@ def read_cub(root: Path) -> tuple[LabelledFiles, LabelledFiles]:
     folder = find_folder(
         root, "CUB_200_2011", "images.txt", "unpack CUB_200_2011.tgz of Caltech's data repository there"
     )
-    names, label, split = (
-        dict(read_pairs(folder / name)) for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt")
-    )
+    names, split = (dict(read_pairs(folder / name)) for name in ("images.txt", "train_test_split.txt"))
+    label = read_classes(folder / "image_class_labels.txt")
     if not names or set(names) != set(label) or set(names) != set(split):
         raise DataError(
             f"{folder}: images.txt, image_class_labels.txt and train_test_split.txt do not name the same images"
         )
-    for file, words, fits, wanted in (
-        (
-            "image_class_labels.txt",
-            label,
-            lambda word: word.isdecimal() and int(word) > 0,
-            "the number of a class, from 1",
-        ),
-        ("train_test_split.txt", split, ("0", "1").__contains__, "0 or 1"),
-    ):
-        wrong = next((key for key, word in words.items() if not fits(word)), None)
-        if wrong is not None:
-            raise DataError(f"{folder / file}, line '{wrong} {words[wrong]}': expected {wanted} behind the image")
+    wrong = next((key for key, mark in split.items() if mark not in ("0", "1")), None)
+    if wrong is not None:
+        raise DataError(
+            f"{folder / 'train_test_split.txt'}, line '{wrong} {split[wrong]}': expected 0 or 1 behind the image's"
+        )
     parts = []
     for mark in ("1", "0"):
         keys = [key for key in names if split[key] == mark]
         paths = [folder / "images" / names[key] for key in keys]
         check_files(paths, folder)
-        number = np.array([int(label[key]) - 1 for key in keys], np.int64)
+        number = np.array([label[key] - 1 for key in keys], np.int64)
         parts.append(LabelledFiles(paths, number, folder, lambda keys=keys: _cub_attributes(folder, keys)))  # type: ignore[misc]
     return parts[0], parts[1]
 

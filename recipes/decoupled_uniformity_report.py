@@ -69,6 +69,11 @@ def table(results: Mapping[str, Any]) -> str:
             f"smoother of {found['images']} images: an image's weight on itself {found['diagonal']:.3f} on average, rows sum to "
             f"{found['row_sum']:.3f}, other weights from {found['lowest']:.3f} to {found['highest']:.3f}"
         )
+        if prior.get("order_checked_by") == "labels":
+            lines += [
+                "",
+                f"the order of {prior['name']} was checked by its labels alone, which do not tell images of a class apart",
+            ]
     speed = results["throughput"]
     if speed:
         lines.append("")

@@ -47,10 +47,10 @@ def read_cub200(root: Path) -> tuple[Files, Files]:
         root, "CUB_200_2011", "images.txt", "unpack CUB_200_2011.tgz of Caltech's data repository there"
     )
     names = dict(read_pairs(folder / "images.txt"))
-    label = dict(read_pairs(folder / "image_class_labels.txt"))
+    label = read_classes(folder / "image_class_labels.txt")
     if not names or set(names) != set(label):
         raise DataError(f"{folder}: images.txt and image_class_labels.txt do not name the same images")
-    number = np.array([int(label[key]) for key in names], np.int64)
+    number = np.array([label[key] for key in names], np.int64)
     files = _files([folder / "images" / name for name in names.values()], number - 1, number - 1, folder)
     return files.rows(number <= 100), files.rows(number > 100)
 
@@ -170,6 +170,15 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     return [(pair[0], pair[1].strip()) for pair in words]
 
 
+def read_classes(path: Path) -> dict[str, int]:
+    """The class, from 1, that stands behind each image's number. Raises DataError for other lines, and says which."""
+    pairs = read_pairs(path)
+    wrong = next((pair for pair in pairs if not pair[1].isdecimal() or int(pair[1]) < 1), None)
+    if wrong is not None:
+        raise DataError(f"{path}, line '{' '.join(wrong)}': expected the number of a class, from 1, behind the image's")
+    return {image: int(label) for image, label in pairs}
+
+
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a .csv file. Raises DataError unless it has these columns, and a row, and every row a cell for each column."""
     reader = csv.DictReader(read_lines(path))
@@ -177,7 +186,8 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     for row in reader:
         if None in row or None in row.values():
             raise DataError(
-                f"{path}, line {reader.line_num}: there is not one cell for each of the {len(head)} columns: unpack the archive again"
+                f"{path}, line {reader.line_num}: there is not one cell for each of the {len(head)} columns: unpack the archive "
+                "again"
             )
         rows.append(row)
     if not rows or not set(columns) <= set(head):

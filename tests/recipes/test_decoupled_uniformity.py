@@ -37,6 +37,7 @@ from posthoc.recipes.decoupled_uniformity_data import load_sets
 from posthoc.recipes.decoupled_uniformity_evaluation import class_worth, representation
 from posthoc.recipes.decoupled_uniformity_folders import Attributes
 from posthoc.recipes.decoupled_uniformity_priors import Prior, check_apart, open_prior, smoother, write_prior
+from posthoc.recipes.decoupled_uniformity_report import table
 from posthoc.recipes.options import parse
 from posthoc.recipes.pretraining_evaluation import encode, settle
 from posthoc.recipes.running import Run
@@ -421,6 +422,10 @@ def test_a_run_goes_on_with_the_same_prior_alone(folder: Path, capsys: pytest.Ca
     write_prior(folder / "data" / "mine.npz", rows, sets)
     found = results("decoupled_uniformity", words, folder)
     assert found["prior"]["seen_labels"] is None
+    assert found["prior"]["order_checked_by"] == "fingerprint"
+    told = {**found, "prior": {**found["prior"], "order_checked_by": "labels"}}
+    assert "checked by its labels alone" in table(told)
+    assert "checked by its labels alone" not in table(found)
     assert set(found["worth"]) == {
         "linear", "top_5", "linear_representation", "nearest_feature", "nearest_projection", "papers_protocol",
     }  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from posthoc.adapters.data import open_source
 from posthoc.adapters.distributed import Launch
 from posthoc.adapters.errors import DataError, OptionError
 from posthoc.adapters.training_loop import step_generator
@@ -135,6 +136,13 @@ def test_imagenet100_is_a_hundred_folders_or_a_list_of_them(tmp_path: Path) -> N
         read_imagenet100(tmp_path / "nowhere")
     with pytest.raises(OptionError, match="did you mean 'imagenet100'"):
         load_sets(options(tmp_path, "imagenet10", size=None))
+
+
+def test_imagenet100s_folder_is_in_the_sets_own_order(tmp_path: Path) -> None:
+    sets = load_sets(options(imagenet(tmp_path), "imagenet100"))
+    folder = open_source(tmp_path / "imagenet100" / "train")
+    np.testing.assert_array_equal(order_of(folder)["names"], order_of(sets.source)["names"])
+    np.testing.assert_array_equal(folder.column("label"), sets.label)
 
 
 def test_cub200_has_its_own_split_and_attributes(tmp_path: Path) -> None:
