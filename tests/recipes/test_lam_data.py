@@ -230,7 +230,7 @@ def test_places_are_trained_on_and_found(tmp_path: Path) -> None:
     """A run of a timm network on a small copy of MSLS: mAP and AUSC, no votes, for places have no labels."""
     msls(tmp_path)
     line = (
-        "--preset msls --network test_resnet --no-pretrained --size 32 --dim 4 --epochs 12 --batch-size 16 --samples 2"
+        "--preset msls --network test_resnet --no-pretrained --size 32 --dim 4 --epochs 6 --batch-size 16 --samples 2"
     )
     line += " --lr 0.003 --margin 0.5 --methods mc-dropout post-hoc-euclidean-positives online-arccos-fixed"
     found = results("lam", [*line.split(), "--data-dir", str(tmp_path), "--output", "run"], tmp_path)
