@@ -3,6 +3,7 @@
     done = draw(Augmentation(), len(images), images.shape[1:], generator)
     views = augment(images, done)                 # [B, C, H, W] in 0..1
     parameters = done.table()                     # {"x": [B], "scale": [B], "flip": [B], ...}
+    views = change(crops, done)                   # where images of many sizes were cropped one by one (`crop`)
 
 The numbers are drawn on the CPU by the caller's generator, so that every device sees the same views. The pixels are those
 of torchvision's functions on one image, and the numbers are distributed as those of its transforms.
@@ -154,7 +155,7 @@ def draw(augmentation: Augmentation, count: int, shape: Sequence[int], generator
 
 
 def join(parts: Sequence[Parameters]) -> Parameters:
-    """The parameters of several batches, of images of one shape, as those of one batch."""
+    """The parameters of several batches as those of one batch: of images of one shape or, for `change`, of any shapes."""
     columns = [f.name for f in fields(Parameters) if f.name != "shape"]
     return Parameters(parts[0].shape, *(torch.cat([getattr(part, name) for part in parts]) for name in columns))
 
@@ -168,12 +169,29 @@ def augment(images: Tensor, done: Parameters, size: tuple[int, int] | None = Non
     """
     if tuple(images.shape) != (len(done), *done.shape):
         raise OptionError(f"parameters of {len(done)} images {done.shape} were given, and images {tuple(images.shape)}")
-    with torch.autocast(images.device.type, enabled=False):  # an autocast around it would round crops and colours
-        return _augmented(images, done, size)
+    with torch.autocast(images.device.type, enabled=False):  # an autocast around it would round crops
+        views = _crop(images, done, size or (images.shape[2], images.shape[3]))
+    return change(views, done)
 
 
-def _augmented(images: Tensor, done: Parameters, size: tuple[int, int] | None) -> Tensor:
-    views = _crop(images, done, size or (images.shape[2], images.shape[3]))
+def crop(image: Tensor, done: Parameters, size: tuple[int, int]) -> Tensor:
+    """The crop of one image, uint8 [C, H, W], as `augment` resizes and flips it, uint8 [C, *size]. Takes the box alone."""
+    top, left, tall, wide = done.box[0].tolist()
+    box = image[None, :, top : top + tall, left : left + wide]
+    view = functional.interpolate(box, size, mode="bilinear", antialias=True)[0]
+    return view.flip(2) if done.flip[0] else view
+
+
+def change(views: Tensor, done: Parameters) -> Tensor:
+    """Crops [B, C, h, w] in 0..1 with what `augment` does to them afterwards: turned, in other colours, grey, blurred.
+
+    They are overwritten.
+    """
+    with torch.autocast(views.device.type, enabled=False):  # an autocast around it would round colours
+        return _changed(views, done)
+
+
+def _changed(views: Tensor, done: Parameters) -> Tensor:
     if bool(done.turn.any()):
         views = _turned(views, done.turn.to(views))
     changed: list[tuple[int, Callable[[Tensor, Tensor], Tensor]]] = [(BRIGHTNESS, _brightness), (CONTRAST, _contrast)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as reference
 
 from posthoc.adapters.errors import OptionError
-from posthoc.recipes.augmentations import Augmentation, Parameters, augment, draw, join, luma
+from posthoc.recipes.augmentations import Augmentation, Parameters, augment, change, crop, draw, join, luma
 
 HALVES = (slice(0, 100), slice(100, 200))
 ALTERED = (
@@ -46,6 +46,27 @@ def test_every_view_is_torchvisions(channels: int, size: tuple[int, int], genera
     views = augment(images, done, size)
     assert views.shape == (60, channels, *size)
     torch.testing.assert_close(views, one_by_one(images, done, size), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_many_sizes_are_cropped_alone_and_changed_together(channels: int, generator: torch.Generator) -> None:
+    """As `augment` does it with each whole image, but for the crop's 8 bits."""
+    how, size = Augmentation(grayscale=0.3, blur=0.5, rotation=20.0), (16, 12)
+    images = [
+        torch.randint(0, 256, (channels, 20 + i, 40 - i), generator=generator, dtype=torch.uint8) for i in range(24)
+    ]
+    done = [draw(how, 1, image.shape, generator) for image in images]
+    crops = torch.stack([crop(image, one, size) for image, one in zip(images, done, strict=True)])
+    assert (crops.dtype, crops.shape) == (torch.uint8, (24, channels, *size))
+    no = torch.zeros(1, dtype=torch.bool)
+    still = [replace(one, jitter=no, gray=no, sigma=torch.zeros(1), turn=torch.zeros(1)) for one in done]
+    for image, one, view in zip(images, still, crops, strict=True):
+        assert (255 * augment(image[None] / 255, one, size)[0] - view).abs().max() < 1.01
+    views = change(crops / 255.0, join(done))
+    wanted = [change(view[None] / 255.0, one)[0] for view, one in zip(crops, done, strict=True)]
+    torch.testing.assert_close(views, torch.stack(wanted))
+    whole = torch.cat([augment(image[None] / 255, one, size) for image, one in zip(images, done, strict=True)])
+    assert (views - whole).abs().mean() < 1 / 255
 
 
 def test_what_is_done_depends_on_the_row_alone(generator: torch.Generator) -> None:

@@ -463,9 +463,9 @@ def test_image_files_are_read_once_for_the_autoencoder(tmp_path: Path, monkeypat
     sets, run = load_sets(config), Run("decoupled_uniformity", config)
     prior, seen, before = open_prior(config, run, sets), [], image_files.open_image
 
-    def opened(path: Path) -> Any:
+    def opened(path: Path, least: int) -> Any:
         seen.append(Path(path))
-        return before(path)
+        return before(path, least)
 
     monkeypatch.setattr(image_files, "open_image", opened)
     assert prior is not None
