@@ -67,20 +67,27 @@ def settle(network: nn.Module, images: Labelled, device: torch.device) -> None:
     network.eval()
 
 
-def worth(train: Encoded, test: Encoded, seed: int, views: Sequence[np.ndarray] | None = None) -> dict[str, float]:
-    """Shares of right test labels, 0 to 1: of a linear classifier, and of the nearest training image by cosine.
+def worth(
+    train: Encoded,
+    test: Encoded,
+    seed: int,
+    views: Sequence[np.ndarray] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Shares of right test labels, 0 to 1: of a linear classifier (fitted on the device), and of the nearest training image by
+    cosine.
 
     views: projections [N, D] of two augmented views of the training images. With them also TaU's own protocols: its optimiser,
     whose learning rate is very low for a probe, on the features as they are (its training views are augmented, ours are not), and
     its neighbours, of both views' mean, and of the first alone, whose rows are not normalised.
     """
-    logits, _ = linear_probe(train.feature, train.label, test.feature, seed=seed)
+    logits, _ = linear_probe(train.feature, train.label, test.feature, seed=seed, device=device)
     found = {"linear": top_k_accuracy(logits, test.label)}
     for name in ("feature", "projection"):
         near = nearest_label(getattr(train, name), train.label, getattr(test, name))
         found[f"nearest_{name}"] = float((near == test.label).mean())
     if views is not None:
-        logits = sgd_probe(train.feature, train.label, test.feature, TAU, step_generator(seed, PROBE))
+        logits = sgd_probe(train.feature, train.label, test.feature, TAU, step_generator(seed, PROBE), device)
         found["linear_papers_sgd_unaugmented"] = top_k_accuracy(logits, test.label)
         for count, name in ((2, "nearest_papers_two_views"), (1, "nearest_papers_one_view")):
             near = tau_nearest_label(views[:count], train.label, [test.projection] * count)

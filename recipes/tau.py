@@ -362,7 +362,7 @@ def worth_of(
     if config.papers_probe:
         augmented = [Augmented(probed, augmentation(config), config.seed, view) for view in (0, 1)]
         views = [means(encode(network, one, device).projection, config) for one in augmented]
-    return worth(_mean_only(train, config), _mean_only(test, config), config.seed, views)
+    return worth(_mean_only(train, config), _mean_only(test, config), config.seed, views, device)
 
 
 def draw_ends(config: TauConfig, test: Images, scores: Mapping[str, np.ndarray]) -> None:

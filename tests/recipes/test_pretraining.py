@@ -22,6 +22,7 @@ from posthoc.adapters.training_loop import run_plan, step_generator
 from posthoc.eval.dataset_classes import CLASSES
 from posthoc.eval.plots import gallery
 from posthoc.eval.probe_protocols import TAU, sgd_probe
+from posthoc.eval.probes import linear_probe
 from posthoc.recipes.augmentations import Augmentation
 from posthoc.recipes.image_sets import Chosen, other_sets, other_sources, shaped, spread_over
 from posthoc.recipes.pretraining import Ahead, PretrainingConfig, own_view_found, throughput
@@ -257,7 +258,7 @@ def test_images_of_classes_that_both_sets_have_are_left_out(tmp_path: Path) -> N
     assert "cifar100" not in other_sources("cifar100", tmp_path, 3)[0]
 
 
-def test_what_features_are_worth(generator: torch.Generator) -> None:
+def test_what_features_are_worth(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     def encoded(rows: int) -> Encoded:
         label = torch.randint(3, (rows,), generator=generator)
         known = torch.eye(3)[label] + 0.05 * torch.randn(rows, 3, generator=generator)
@@ -277,6 +278,17 @@ def test_what_features_are_worth(generator: torch.Generator) -> None:
     logits = sgd_probe(train.feature, train.label, test.feature, TAU, step_generator(0, PROBE))
     assert found["linear_papers_sgd_unaugmented"] == (logits.argmax(1) == test.label).mean()
     assert set(worth(train, test, 0)) == {"linear", "nearest_feature", "nearest_projection"}
+    placed: list[Any] = []
+    for name, probe in (("linear_probe", linear_probe), ("sgd_probe", sgd_probe)):
+        monkeypatch.setattr(
+            f"posthoc.recipes.pretraining_evaluation.{name}",
+            lambda *given, probe=probe, device=None, **more: (
+                placed.append(device or given[-1]),
+                probe(*given, **more),
+            )[1],
+        )
+    worth(train, Encoded(test.feature, other, test.label), 0, views, torch.device("cpu", 0))
+    assert placed == [torch.device("cpu", 0)] * 2, "classifiers are fitted where the caller says"
 
 
 def test_the_grid_shows_both_ends_of_every_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
