@@ -153,9 +153,11 @@ class VonMisesFisher(Distribution):
     def cosine_quantile(self, q: Tensor | float) -> Tensor:
         """The cosine mu.z that a share q of the distribution stays below: q = 0.05 bounds the 95 % cap round mu.
 
-        q in [0, 1] broadcasts with the batch shape. Once differentiable in kappa and q.
+        q in [0, 1] broadcasts with the batch shape. Once differentiable in kappa and q. Raises: OptionError for other q.
         """
         level = torch.as_tensor(q, dtype=torch.float64, device=self.concentration.device)
+        if not bool(((level >= 0.0) & (level <= 1.0)).all()):
+            raise OptionError(f"cosine_quantile: shares lie in [0, 1]; q={q} was given")
         kappa, level = torch.broadcast_tensors(self.concentration.double(), level)
         with torch.no_grad():
             score = -torch.special.ndtri(level.clamp(1e-300, 1.0 - 1e-16))
