@@ -146,7 +146,7 @@ def evaluate_block(
 
 
 class Compiled:
-    """`evaluate_block` by torch.compile, for one call of a loss: the rows of blocks may vary, all else is compiled in."""
+    """`evaluate_block` by torch.compile, for one call of a loss: the rows of blocks may vary, all else is fixed."""
 
     def __init__(self, name: str) -> None:
         self.name, self.most_rows = name, 0
