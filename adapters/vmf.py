@@ -103,7 +103,8 @@ class VonMisesFisher(Distribution):
         batch = torch.broadcast_shapes(mu.shape[:-1], kappa.shape)
         self.mean_direction = functional.normalize(mu, dim=-1).expand(*batch, mu.shape[-1])
         self.concentration = kappa.expand(batch)
-        super().__init__(batch, mu.shape[-1:], validate_args=validate_args)
+        # torch's own checks fail on a batch of none
+        super().__init__(batch, mu.shape[-1:], validate_args=validate_args if batch.numel() else False)
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> constraints.Constraint:
@@ -178,6 +179,8 @@ class VonMisesFisher(Distribution):
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         mu = self.mean_direction
+        if not shape.numel():
+            return mu.new_empty(shape)
         score = standard_normal((self.concentration.numel(), torch.Size(sample_shape).numel()), mu, generator)
         return self.from_normal(score.T.reshape(shape[:-1]), standard_normal(shape, mu, generator))
 

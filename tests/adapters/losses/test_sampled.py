@@ -412,6 +412,8 @@ def test_more_negatives_weigh_less_unless_told_otherwise() -> None:
 
 def test_distributions_that_do_not_fit_are_refused() -> None:
     fits = VonMisesFisher(torch.ones(4, 8), 1.0)
+    with pytest.raises(OptionError, match=r"expects posteriors.*given \['Tensor'"):
+        HedgedInstance()(torch.ones(4, 8), fits)  # type: ignore[arg-type]
     for other in (VonMisesFisher(torch.ones(3, 8), 1.0), VonMisesFisher(torch.ones(4, 7), 1.0)):
         with pytest.raises(OptionError, match=r"HedgedInstance expects .* \[B, M\]"):
             HedgedInstance()(fits, other)
