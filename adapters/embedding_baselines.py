@@ -278,6 +278,8 @@ class HedgedInstance(GaussianEmbedding):
         far = Normal(mean[columns], (0.5 * log_variance).exp()[columns], validate_args=False)
         mean, log_variance = self.posterior(anchor)
         own = Normal(mean, (0.5 * log_variance).exp(), validate_args=False)
+        if not has.any():  # a batch of one class asks for nothing
+            return 0.0 * (own.mean.sum() + own.stddev.sum())
         picked = [Normal(p.mean[has], p.stddev[has], validate_args=False) for p in (own, close, far)]
         return self.loss(picked[0], picked[1], picked[2], generator=generator)
 

@@ -60,7 +60,7 @@ def place_masks(position: Tensor, near: float = 10.0, far: float = 25.0) -> tupl
             f"expected positions [N, K] and 0 < near <= far; given {tuple(position.shape)}, near={near}, far={far}"
         )
     place = position.double()
-    distance = (place[:, None] - place[None, :]).norm(dim=-1)
+    distance = torch.cdist(place, place, compute_mode="donot_use_mm_for_euclid_dist")
     return (distance < near).fill_diagonal_(False), distance > far
 
 

@@ -103,7 +103,8 @@ class VonMisesFisher(Distribution):
         batch = torch.broadcast_shapes(mu.shape[:-1], kappa.shape)
         self.mean_direction = functional.normalize(mu, dim=-1).expand(*batch, mu.shape[-1])
         self.concentration = kappa.expand(batch)
-        super().__init__(batch, mu.shape[-1:], validate_args=validate_args)
+        # torch's own checks fail on a batch of none
+        super().__init__(batch, mu.shape[-1:], validate_args=validate_args if batch.numel() else False)
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> constraints.Constraint:
@@ -153,9 +154,11 @@ class VonMisesFisher(Distribution):
     def cosine_quantile(self, q: Tensor | float) -> Tensor:
         """The cosine mu.z that a share q of the distribution stays below: q = 0.05 bounds the 95 % cap round mu.
 
-        q in [0, 1] broadcasts with the batch shape. Once differentiable in kappa and q.
+        q in [0, 1] broadcasts with the batch shape. Once differentiable in kappa and q. Raises: OptionError for other q.
         """
         level = torch.as_tensor(q, dtype=torch.float64, device=self.concentration.device)
+        if not bool(((level >= 0.0) & (level <= 1.0)).all()):
+            raise OptionError(f"cosine_quantile: shares lie in [0, 1]; q={q} was given")
         kappa, level = torch.broadcast_tensors(self.concentration.double(), level)
         with torch.no_grad():
             score = -torch.special.ndtri(level.clamp(1e-300, 1.0 - 1e-16))
@@ -176,6 +179,8 @@ class VonMisesFisher(Distribution):
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         mu = self.mean_direction
+        if not shape.numel():
+            return mu.new_empty(shape)
         score = standard_normal((self.concentration.numel(), torch.Size(sample_shape).numel()), mu, generator)
         return self.from_normal(score.T.reshape(shape[:-1]), standard_normal(shape, mu, generator))
 

@@ -113,21 +113,24 @@ class CosineTable:
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self.cells = 1 if dim >= SMOOTH_DIM else 16
-        self.width = 2.0 * REACH / self.cells
         degree = _degree(dim)
         if self.cells == 1:
             points, solve = _score_fit(range(degree + 1))
             score = points[None]
         else:
             points, solve = _fit(range(degree + 1), torch.ones(degree + 1, **CPU))
-            centre = self.width * (torch.arange(self.cells, **CPU) + 0.5) - REACH
-            score = centre[:, None] + 0.5 * self.width * points  # [cells, points]
+            width = 2.0 * REACH / self.cells
+            centre = width * (torch.arange(self.cells, **CPU) + 0.5) - REACH
+            score = centre[:, None] + 0.5 * width * points  # [cells, points]
         y = torch.arange(0.0, LAST + 0.5 * SPACING, SPACING, **CPU)[:, None, None]
         kappa = 0.5 * (dim - 1) * torch.sinh(y)
         exact = solve_quantile(kappa, score[None], dim)
         value = exact.half_chord * torch.exp(0.5 * y)
         slope = exact.slope * torch.exp(0.5 * y) * 0.5 * (dim - 1) * torch.cosh(y) + 0.5 * value  # along y
-        self.value, self.slope = value @ solve, slope @ solve  # [nodes, cells, degree + 1]
+        v, s = value @ solve, slope @ solve * SPACING
+        a, b = 2.0 * (v[:-1] - v[1:]) + s[:-1] + s[1:], 3.0 * (v[1:] - v[:-1]) - 2.0 * s[:-1] - s[1:]
+        # powers 0 to 3 of the cubic Hermite polynomials between two nodes of y, [nodes - 1, 4, cells, degree + 1]
+        self.cubics = torch.stack([v[:-1], s[:-1], b, a], 1)
 
     def coefficients(self, kappa: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients [..., cells, degree + 1] of h and of dh/dkappa for kappa [...] in [0, inf], in float64."""
@@ -137,12 +140,9 @@ class CosineTable:
         inside = y.clamp(max=LAST - 1e-9) / SPACING
         cell = torch.floor(inside.nan_to_num(0.0)).long()
         t = (inside - cell)[..., None, None]
-        v0, v1 = self.value[cell], self.value[cell + 1]
-        s0, s1 = self.slope[cell] * SPACING, self.slope[cell + 1] * SPACING
-        # cubic Hermite between two nodes of y, and its derivative
-        a, b = 2.0 * (v0 - v1) + s0 + s1, 3.0 * (v1 - v0) - 2.0 * s0 - s1
-        value = ((a * t + b) * t + s0) * t + v0
-        dy = ((3.0 * a * t + 2.0 * b) * t + s0) / SPACING
+        c0, c1, c2, c3 = self.cubics.index_select(0, cell.reshape(-1)).unflatten(0, cell.shape).unbind(-3)
+        value = ((c3 * t + c2) * t + c1) * t + c0
+        dy = ((3.0 * c3 * t + 2.0 * c2) * t + c1) / SPACING
         y = y[..., None, None]
         scale = torch.exp(-0.5 * y)
         return value * scale, (dy - 0.5 * value) * scale * (2.0 / n) / torch.cosh(y)
@@ -153,17 +153,19 @@ class CosineTable:
         both = torch.cat([torch.stack(self.coefficients(part)).to(dtype) for part in parts], 1)
         return both.movedim(-1, 0).reshape(-1, 2, *kappa.shape, self.cells)
 
-    def evaluate(self, polynomials: Tensor, score: Tensor, mirrored: bool = False) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def evaluate(polynomials: Tensor, score: Tensor, mirrored: bool = False) -> tuple[Tensor, Tensor]:
         """h and dh/dkappa [..., S] at normal scores [..., S]; if mirrored at those and their negatives, [..., 2 S]."""
-        if self.cells == 1:
+        cells = polynomials.shape[-1]
+        if cells == 1:
             h, slope = (_horner_mirrored if mirrored else horner)(polynomials.unbind(), score)
         else:
-            score = torch.cat([score, -score], -1) if mirrored else score
-            place = (score.clamp(-REACH, REACH) + REACH) / self.width
-            cell = place.long().clamp(max=self.cells - 1)
+            score = both_signs(score).flatten(-2) if mirrored else score
+            place = (score.clamp(-REACH, REACH) + REACH) * (0.5 * cells / REACH)
+            cell = place.long().clamp(max=cells - 1)
             chosen = [c.gather(-1, cell.expand(2, *cell.shape)) for c in polynomials]
             h, slope = horner(chosen, 2.0 * (place - cell) - 1.0)
-        return h.clamp_(0.0, HIGHEST), slope
+        return h.clamp(0.0, HIGHEST), slope
 
     def half_chord(self, kappa: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         """h and dh/dkappa [..., S] for kappa [...] and normal scores [..., S], in the dtype of the scores."""
@@ -179,7 +181,7 @@ class CosineTable:
 def horner(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
     """The polynomial whose coefficients, lowest first and two or more, broadcast with x."""
     *rest, second, first = coefficients
-    total = torch.addcmul(second, first, x)
+    total = (first * x).add_(second)  # addcmul is slow where two of three broadcast
     for c in reversed(rest):
         torch.addcmul(c, total, x, out=total)
     return total
@@ -189,11 +191,12 @@ def _horner_mirrored(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
     """The same at x [..., S] and at -x, [..., 2 S], which even and odd powers part: two for little more than one."""
     square = x * x
     even, odd = horner(coefficients[::2], square), horner(coefficients[1::2], square)
-    half = x.shape[-1]
-    both = x.new_empty(*even.shape[:-1], 2 * half)
-    torch.addcmul(even, odd, x, out=both[..., :half])
-    torch.addcmul(even, odd, x, value=-1.0, out=both[..., half:])
-    return both
+    return torch.addcmul(even.unsqueeze(-2), odd.unsqueeze(-2), both_signs(x)).flatten(-2)
+
+
+def both_signs(x: Tensor) -> Tensor:
+    """x [..., S] and -x, [..., 2, S]."""
+    return x.unsqueeze(-2) * (1.0 - 2.0 * torch.arange(2, dtype=x.dtype, device=x.device))[:, None]
 
 
 def fit_scores(function: Callable[[Tensor], Tensor], powers: range) -> list[float]:
@@ -224,7 +227,7 @@ def cosine_table(dim: int, device: torch.device) -> CosineTable:
     """The table of a dimension on a device, built at its first use (0.1 s; about 1 s below d = 8)."""
     with torch.inference_mode(False), torch.no_grad():
         table = CosineTable(dim)
-        table.value, table.slope = table.value.to(device), table.slope.to(device)
+        table.cubics = table.cubics.to(device)
     return table
 
 

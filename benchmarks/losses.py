@@ -5,7 +5,9 @@
 
 Each side of each case runs in a process of its own: loss and gradients for all inputs, first once (the library's first
 call on von Mises-Fisher posteriors builds the table of its dimension), then again and again; times are medians of the
-later calls, memory is the peak of the process beyond imports and inputs. CPU time is that of all threads. What was
+later calls, memory is the peak of the process beyond imports and inputs. CPU time is that of all threads. The cases
+"-compiled" go through torch.compile: their first call, of which wall time is told, compiles (caches are off), and the
+compiler's own modules count to their memory; they stand beside the plain version of the same case without it. What was
 measured is kept in --output, and only what is missing there is run: the whole takes some 15 minutes on 2 idle cores, most
 of it in sampling full vectors, and 6 GB. Where there is a GPU, all is run on it too (times are then wall times).
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -50,9 +53,7 @@ def gradients(loss: Callable[[], Tensor], inputs: list[Tensor]) -> Step:
     return lambda: torch.autograd.grad(loss(), inputs)
 
 
-def posteriors(
-    side: str, device: str, loss: str, B: int, S: int = 0, M: int = 0, d: int = 10, reference: bool = False
-) -> Step:
+def posteriors(side: str, device: str, loss: str, B: int, S: int = 0, M: int = 0, d: int = 10, **options: bool) -> Step:
     """M = 0: rolled negatives. Concentrations 16 to 32, scaled with the dimension."""
     shapes = [(B,), (B,)] + ([(B, M)] if M else [])
     mu = [functional.normalize(torch.randn(*s, d, device=device), dim=-1).requires_grad_() for s in shapes]
@@ -67,8 +68,8 @@ def posteriors(
         }
         return gradients(calls[loss], [*mu, *kappa])
     made = {
-        "mcinfonce": lambda: losses.MCInfoNCE(16.0, S, reference=reference),
-        "hedged": lambda: losses.HedgedInstance(5.0, 0.0, S),
+        "mcinfonce": lambda: losses.MCInfoNCE(16.0, S, **options),
+        "hedged": lambda: losses.HedgedInstance(5.0, 0.0, S, **options),
         "elk": lambda: losses.ExpectedLikelihoodKernel(20.0),
     }[loss]()
     return gradients(lambda: made(*(VonMisesFisher(*pair, validate_args=False) for pair in pairs)), [*mu, *kappa])
@@ -170,6 +171,15 @@ def cases() -> list[Case]:
         Case("mcinfonce B512 S512 rolled d128", posteriors, full | {"B": 512, "M": 0, "d": 128}),
         Case("mcinfonce B128 S128 M16 d10", posteriors, full | {"B": 128, "S": 128, "M": 16}),
         Case("hedged B128 S128 M16 d10", posteriors, {"loss": "hedged", "B": 128, "S": 128, "M": 16}),
+        *(
+            Case(f"{loss}-compiled {name}", posteriors, {"loss": loss, "compiled": True} | size, plain=False)
+            for loss, name, size in (
+                ("mcinfonce", "B512 S512 M32 d10", {"B": 512, "S": 512, "M": 32}),
+                ("mcinfonce", "B64 S512 M32 d128", {"B": 64, "S": 512, "M": 32, "d": 128}),
+                ("mcinfonce", "B512 S512 rolled d10", {"B": 512, "S": 512}),
+                ("hedged", "B128 S128 M16 d10", {"B": 128, "S": 128, "M": 16}),
+            )
+        ),
         Case("elk B512 M32 d10", posteriors, {"loss": "elk", "B": 512, "M": 32}),
         *(Case(f"ntxent N{n} D128", two_views, {"loss": "ntxent", "N": n}) for n in (256, 1024)),
         *(Case(f"tau N{n} D128", two_views, {"loss": "tau", "N": n}) for n in (256, 1024)),
@@ -233,7 +243,7 @@ def measure(case: Case, side: str, device: str) -> dict[str, float]:
     return {
         "wall": 1e3 * statistics.median(t[0] for t in later),
         "cpu": 1e3 * statistics.median(t[1] for t in later),
-        "first": 1e3 * times[0][0 if device == "cuda" else 1],
+        "first": 1e3 * times[0][0 if device == "cuda" or "compiled" in case.size else 1],
         "memory": memory(device) - before,
     }
 
@@ -241,7 +251,8 @@ def measure(case: Case, side: str, device: str) -> dict[str, float]:
 def run_apart(name: str, side: str, device: str, threads: int) -> dict[str, float] | str:
     """The measurement from a fresh process, or the last line of its error."""
     command = [sys.executable, __file__, "--child", name, side, device, "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     return json.loads(done.stdout.splitlines()[-1])
@@ -292,7 +303,8 @@ def main() -> None:
                     found[side] = run_apart(case.name, side, device, arguments.threads)
                     if kept:
                         kept.write_text(json.dumps(results, indent=1) + "\n")
-            print(line(case.name, device, found), flush=True)
+            beside = results.get(f"{device} {case.name.replace('-compiled', '')}", {})
+            print(line(case.name, device, {"plain": beside.get("plain"), **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -235,6 +235,8 @@ class _Step(nn.Module):
         columns, has = draw_negatives(batch.negative, self.n_negatives, generator)
         mu, kappa = self.head.posterior(batch.anchor)
         mu_p, kappa_p = self.head.posterior(batch.positive)
+        if not has.any():  # a batch of one class asks for nothing
+            return 0.0 * (mu.sum() + kappa.sum())
         columns = columns[has]
         return self.loss(
             VonMisesFisher(mu[has], kappa[has], validate_args=False),

@@ -92,7 +92,7 @@ class _Contrast(torch.autograd.Function):
                 _add_slab(start, stop, similarity, scale * terms.hardness, log_mass, exclude, room, False)
             slabs.append(_add_slab(start, stop, similarity, sharp, log_sum, exclude, room, by_scale))
             room = room[slabs[-1].row.numel() + slabs[-1].column.numel() :] if by_z else room
-        used = log_sum > -math.inf
+        used = log_sum != -math.inf  # not `>`: what is no number is to be seen in the loss
         count = used.sum().clamp(min=1)
         plain = log_sum - log_mass + math.log(len(z) - 2) if terms.hardness else log_sum
         far = torch.logaddexp(plain, plain.new_tensor(terms.floor).log()) if terms.floor else plain

@@ -16,8 +16,8 @@ import torch
 from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
-from ..vmf_table import SMOOTH_DIM, cosine_table, fit_scores, horner, solve_quantile
-from .draws import Draws
+from ..vmf_table import SMOOTH_DIM, CosineTable, cosine_table, fit_scores, horner, solve_quantile
+from .draws import Draws, Pairs
 
 T_DEGREES = ((10, 13), (16, 11), (24, 9), (48, 7))  # dimension below which, degree; 5 above
 SMALLEST_REST = 7  # dimensions outside the columns' span from which the fit of their length is good
@@ -40,10 +40,23 @@ class Sampled(Protocol):
     def pull_back(self, grad: Tensor) -> Gradients: ...
 
 
+class Block(Protocol):
+    """All that cosines of some rows are computed from: a tuple of tensors, random numbers included, and constants.
+
+    What is computed from it is a function of tensors alone, as a compiler wants it. Tensors of one axis are constants, those of
+    more have the rows first.
+    """
+
+    @property
+    def scores(self) -> Scores: ...
+
+    def sample(self) -> Sampled: ...
+
+
 class Columns(Protocol):
     """What cosines of rows of anchors with their columns are sampled from; all that needs no random number is ready."""
 
-    def sample(self, part: slice) -> Sampled: ...
+    def draw(self, part: slice) -> Block: ...
 
 
 def prepare(anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor, draws: Draws) -> Columns:
@@ -54,34 +67,58 @@ def prepare(anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor, 
     return (_Circle if mu.shape[-1] == 2 else _Sphere)(anchor_mu, anchor_kappa, mu, kappa, draws)
 
 
-class _Chords:
-    """Half chords h of the angles of samples from their means, for anchors of kappa [R] and columns of kappa [R, J]."""
+class Scores(NamedTuple):
+    """Normal scores of the samples' cosines with their own means, and the polynomials in them that give half chords."""
 
-    def __init__(self, anchor_kappa: Tensor, kappa: Tensor, dim: int, draws: Draws) -> None:
-        self.draws, self.table = draws, cosine_table(dim, kappa.device)
-        self.polynomials = self.table.polynomials(torch.cat([anchor_kappa[:, None], kappa], 1), draws.like.dtype)
+    polynomials: Tensor  # [R, degree + 1, 2, 1 + J, cells], the anchor first
+    scores: Tensor  # [R, 1 + J, drawn]
 
-    def sample(self, part: slice) -> tuple[_Chord, _Chord]:
-        """Those of anchors [rows, 1, S] and of columns [rows, J, S]."""
-        at = self.polynomials[:, :, part]
-        both = self.table.evaluate(at, self.draws.normal(*at.shape[2:-1]), self.draws.antithetic)
-        h, slope = (x[..., : self.draws.samples] for x in both)
+    def chords(self, pairs: Pairs) -> tuple[_Chord, _Chord]:
+        """Of anchors [R, 1, S] and of columns [R, J, S]."""
+        both = CosineTable.evaluate(self.polynomials.movedim(0, 2), self.scores, pairs.antithetic)
+        h, slope = (x[..., : pairs.samples] for x in both)
         return _Chord(h[:, :1], slope[:, :1]), _Chord(h[:, 1:], slope[:, 1:])
+
+
+def _polynomials(anchor_kappa: Tensor, kappa: Tensor, dim: int, draws: Draws) -> Tensor:
+    """Those of rows of one anchor, kappa [R], and J columns, kappa [R, J]."""
+    table = cosine_table(dim, kappa.device)
+    return table.polynomials(torch.cat([anchor_kappa[:, None], kappa], 1), draws.like.dtype).movedim(2, 0)
+
+
+def _scores(polynomials: Tensor, draws: Draws) -> Scores:
+    rows, _, _, each, _ = polynomials.shape
+    packed = polynomials.movedim(0, 2).contiguous().movedim(2, 0)  # as it is computed with
+    return Scores(packed, draws.normal(rows, each))
 
 
 class _Sphere:
     def __init__(self, anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor, draws: Draws) -> None:
         self.draws = draws
         self.frame = _frame(anchor_mu, mu)
-        self.chords = _Chords(anchor_kappa, kappa, mu.shape[-1], draws)
-        self.coordinate = _Coordinate(mu.shape[-1], draws)
+        self.polynomials = _polynomials(anchor_kappa, kappa, mu.shape[-1], draws)
+        self.coordinate = _coordinate(mu.shape[-1], draws.like)
 
-    def sample(self, part: slice) -> Sampled:
+    def draw(self, part: slice) -> Block:
         frame = self.frame.rows(part)
-        v = self.draws.paired(frame.direction(self.draws))
-        anchor, column = self.chords.sample(part)
-        t = self.draws.paired(self.coordinate.twice(*frame.columns.shape[:2]))
-        return _OnSphere(frame, anchor, v, column, t)
+        direction = self.draws.normal(*frame.own.shape)
+        scores = _scores(self.polynomials[part], self.draws)
+        coordinate = self.coordinate.draw(self.draws, *frame.columns.shape[:2])
+        return _SphereBlock(frame, direction, scores, coordinate, self.draws.pairs)
+
+
+class _SphereBlock(NamedTuple):
+    frame: _Frame
+    direction: Tensor  # normal numbers [R, K, drawn]
+    scores: Scores
+    coordinate: _Coordinate
+    pairs: Pairs
+
+    def sample(self) -> Sampled:
+        v = self.pairs.directions(self.frame.direction(self.direction))
+        anchor, column = self.scores.chords(self.pairs)
+        t = self.pairs.directions(self.coordinate.twice())
+        return _OnSphere(self.frame, anchor, v, column, t)
 
 
 class _OnSphere:
@@ -140,22 +177,21 @@ class _Frame(NamedTuple):
 
     own: Tensor  # the anchors' means [R, K]
     columns: Tensor  # the columns' means [R, J, K]
-    rest: int  # dimensions outside the span
     basis: tuple[Tensor, Tensor, Tensor] | None = None  # factor [R, J, J], what it spans [R, J, d], anchors [R, d]
+    length: Tensor | None = None  # polynomial of the length of a sample's part outside the span
 
     def rows(self, part: slice) -> _Frame:
         basis = None if self.basis is None else (self.basis[0][part], self.basis[1][part], self.basis[2][part])
-        return _Frame(self.own[part], self.columns[part], self.rest, basis)
+        return _Frame(self.own[part], self.columns[part], basis, self.length)
 
-    def direction(self, draws: Draws) -> Tensor:
-        """Uniform directions [R, K, drawn] orthogonal to the anchors' means (their part in the span)."""
-        g = draws.normal(*self.own.shape)
-        if self.basis is None:
-            own = self.own[:, :, None]
-            g.addcmul_((g * own).sum(1, keepdim=True), own, value=-1.0)
+    def direction(self, normal: Tensor) -> Tensor:
+        """Uniform directions orthogonal to the anchors' means (their part in the span), from normal numbers [R, K, drawn]."""
+        own = self.own[:, :, None]
+        if self.length is None:
+            g = torch.addcmul(normal, (normal * own).sum(1, keepdim=True), own, value=-1.0)
             return g.div_(g.square().sum(1, keepdim=True).sqrt_())
-        rest = _length(self.rest, g[:, 0])
-        g[:, 0] = 0.0
+        rest = horner(self.length.unbind(), normal[:, 0])
+        g = normal * (1.0 - own)  # the anchor's mean is the first of these axes
         return g.div_(g.square().sum(1).addcmul_(rest, rest).sqrt_()[:, None])
 
     def embed(self, x: Tensor) -> Tensor:
@@ -171,7 +207,7 @@ def _frame(anchor: Tensor, mu: Tensor) -> _Frame:
     rows, columns, dim = mu.shape
     rest = dim - 1 - columns
     if columns + 2 > 0.7 * dim or rest < SMALLEST_REST:
-        return _Frame(anchor, mu, 0)
+        return _Frame(anchor, mu)
     wide, own = mu.double(), anchor.double()
     along = wide @ own[:, :, None]
     spanned = wide - along * own[:, None]
@@ -179,19 +215,33 @@ def _frame(anchor: Tensor, mu: Tensor) -> _Frame:
     factor = torch.linalg.cholesky_ex(gram + 1e-12 * torch.eye(columns, dtype=gram.dtype, device=gram.device))[0]
     unit = anchor.new_zeros(rows, columns + 1)
     unit[:, 0] = 1.0
-    return _Frame(unit, torch.cat([along, factor], -1).to(mu), rest, (factor, spanned, anchor))
+    inside = torch.cat([along, factor], -1).to(mu)
+    return _Frame(unit, inside, (factor, spanned, anchor), mu.new_tensor(_length_fit(rest)))
 
 
 class _Circle:
     def __init__(self, anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor, draws: Draws) -> None:
         self.anchor_mu, self.mu, self.draws = anchor_mu[:, None], mu, draws
-        self.chords = _Chords(anchor_kappa, kappa, 2, draws)
+        self.polynomials = _polynomials(anchor_kappa, kappa, 2, draws)
 
-    def sample(self, part: slice) -> Sampled:
+    def draw(self, part: slice) -> Block:
         rows, columns, _ = self.mu[part].shape
-        sign = self.draws.paired(self.draws.normal(rows, 1 + columns).sign_())
-        anchor, column = self.chords.sample(part)
-        return _OnCircle(self.anchor_mu[part], anchor, sign[:, :1], self.mu[part], column, sign[:, 1:])
+        sign = self.draws.normal(rows, 1 + columns).sign_()
+        scores = _scores(self.polynomials[part], self.draws)
+        return _CircleBlock(self.anchor_mu[part], self.mu[part], sign, scores, self.draws.pairs)
+
+
+class _CircleBlock(NamedTuple):
+    anchor_mu: Tensor  # [R, 1, 2]
+    mu: Tensor  # [R, J, 2]
+    sign: Tensor  # [R, 1 + J, drawn]
+    scores: Scores
+    pairs: Pairs
+
+    def sample(self) -> Sampled:
+        sign = self.pairs.directions(self.sign)
+        anchor, column = self.scores.chords(self.pairs)
+        return _OnCircle(self.anchor_mu, anchor, sign[:, :1], self.mu, column, sign[:, 1:])
 
 
 class _OnCircle:
@@ -221,20 +271,29 @@ def _quarter_turn(mu: Tensor) -> Tensor:
     return torch.stack([-mu[..., 1], mu[..., 0]], -1)
 
 
-class _Coordinate:
-    """One coordinate of uniform points on the sphere S^(dim-2), dim >= 3."""
+class _Coordinate(NamedTuple):
+    """One coordinate of uniform points on the sphere S^(dim-2), dim >= 3, of random numbers."""
 
-    def __init__(self, dim: int, draws: Draws) -> None:
-        self.dim, self.draws = dim, draws
-        self.odd = [] if dim < SMOOTH_DIM else draws.like.new_tensor(_coordinate_fit(dim)).unbind()
+    dim: int
+    odd: Tensor | None  # coefficients
+    numbers: tuple[Tensor, ...] = ()
 
-    def twice(self, *shape: int) -> Tensor:
+    def draw(self, draws: Draws, *shape: int) -> _Coordinate:
+        if self.odd is not None:
+            return self._replace(numbers=(draws.normal(*shape),))
+        return self._replace(numbers=tuple(draws.uniform(*shape) for _ in range(1 if self.dim == 3 else 2)))
+
+    def twice(self) -> Tensor:
         """Two times that [*shape, drawn]."""
-        if self.dim < SMOOTH_DIM:  # the first of a uniform point's two coordinates in a plane, in polar form
-            t = torch.cos(2.0 * math.pi * self.draws.uniform(*shape)).mul_(2.0)
-            return t if self.dim == 3 else t * (1.0 - self.draws.uniform(*shape) ** (2.0 / (self.dim - 3))).sqrt_()
-        x = self.draws.normal(*shape)
-        return horner(self.odd, x * x).mul_(x)
+        x = self.numbers[0]
+        if self.odd is not None:
+            return horner(self.odd.unbind(), x * x).mul_(x)
+        t = torch.cos(2.0 * math.pi * x).mul_(2.0)  # the first of a uniform point's two coordinates in a plane
+        return t if self.dim == 3 else t * (1.0 - self.numbers[1] ** (2.0 / (self.dim - 3))).sqrt_()
+
+
+def _coordinate(dim: int, like: Tensor) -> _Coordinate:
+    return _Coordinate(dim, None if dim < SMOOTH_DIM else like.new_tensor(_coordinate_fit(dim)))
 
 
 @lru_cache(maxsize=64)
@@ -247,13 +306,10 @@ def _coordinate_fit(dim: int) -> list[float]:
     )
 
 
-def _length(dim: int, score: Tensor) -> Tensor:
-    """Lengths of standard normal vectors of `dim` dimensions, at normal scores of any shape."""
-    return horner(score.new_tensor(_length_fit(dim)).unbind(), score)
-
-
 @lru_cache(maxsize=64)
 def _length_fit(dim: int) -> list[float]:
+    """Of lengths of standard normal vectors of `dim` dimensions, in normal scores."""
+
     def length(x: Tensor) -> Tensor:
         half = torch.as_tensor(gammaincinv(0.5 * dim, torch.special.ndtr(x).numpy()))
         upper = torch.as_tensor(gammainccinv(0.5 * dim, torch.special.ndtr(-x).numpy()))

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from ..vmf import standard_normal
+from ..vmf_table import both_signs
+
+
+class Pairs(NamedTuple):
+    """How many samples there are, and whether in pairs of opposite random numbers, of which half are then drawn."""
+
+    samples: int
+    antithetic: bool
+
+    def directions(self, drawn: Tensor) -> Tensor:
+        """Those of all samples [..., S], from those drawn."""
+        if not self.antithetic:
+            return drawn
+        return both_signs(drawn.unflatten(-1, (2, -1))).flatten(-3)[..., : self.samples]
 
 
 class Draws:
@@ -21,7 +36,7 @@ class Draws:
     """
 
     def __init__(self, like: Tensor, samples: int, antithetic: bool, generator: torch.Generator | None) -> None:
-        self.like, self.samples, self.antithetic, self.generator = like, samples, antithetic, generator
+        self.like, self.generator, self.pairs = like, generator, Pairs(samples, antithetic)
         self.drawn = 2 * math.ceil(samples / 4) if antithetic else samples
 
     def restart(self) -> None:
@@ -33,13 +48,6 @@ class Draws:
 
     def uniform(self, *shape: int) -> Tensor:
         return _standard_uniform((*shape, self.drawn), self.like, self.generator)
-
-    def paired(self, directions: Tensor) -> Tensor:
-        """Those of all samples [..., S], from those drawn."""
-        if not self.antithetic:
-            return directions
-        quarters = directions.unflatten(-1, (2, 1, -1))
-        return torch.cat([quarters, -quarters], -2).flatten(-3)[..., : self.samples]
 
 
 class SobolDraws(Draws):
@@ -67,9 +75,9 @@ class SobolDraws(Draws):
         first, self.used = self.used, self.used + each
         if self.used > self.numbers:
             return super().uniform(*shape)
-        points = _sobol_points(self.numbers, self.samples)[first : self.used].to(self.like)
+        points = _sobol_points(self.numbers, self.pairs.samples)[first : self.used].to(self.like)
         shift = _standard_uniform((shape[0], each, 1), self.like, self.generator)
-        return torch.add(shift, points).frac_().reshape(*shape, self.samples)
+        return torch.add(shift, points).frac_().reshape(*shape, self.pairs.samples)
 
 
 @lru_cache(maxsize=8)

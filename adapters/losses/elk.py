@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -70,7 +71,10 @@ class ExpectedLikelihoodKernel(nn.Module):
             mu, kappa = mu[:, :1], kappa[:, :1]
         with torch.autocast(mu.device.type, enabled=False):
             log_c = _paper_log_c if self.reference else _log_c
-            kernel = _in_blocks(log_c, anchor.mean_direction.to(mu), anchor.concentration[:, None], mu, kappa)
+            of_rows = partial(_kernel_of_rows, log_c=log_c)
+            kernel = torch.cat(
+                _by_blocks(of_rows, anchor.mean_direction.to(mu), anchor.concentration[:, None], mu, kappa)
+            )
             if self.reference and negatives is None:
                 kernel = torch.cat([kernel, kernel.roll(1, 0)], 1)
             tau = torch.as_tensor(self.concentration, device=mu.device).double()
@@ -97,17 +101,11 @@ class ExpectedLikelihoodKernel(nn.Module):
                 f"expected [{rows}, {rows}] for posteriors of the batch shape {list(kappa.shape)}, and reference=False"
             )
         with torch.autocast(mu.device.type, enabled=False):
-            columns = mu.expand(rows, *mu.shape), kappa.expand(rows, rows)
-            kernel = _in_blocks(_log_c, mu, kappa[:, None], *columns)
-            kernel = torch.as_tensor(self.concentration, device=mu.device).double() * kernel
-            itself = torch.eye(rows, dtype=torch.bool, device=mu.device)
-            weight = same.to(kernel).masked_fill(itself, 0.0)
-            # logarithms of 0 as numbers that no kernel reaches, for gradients without NaN
-            negative = (1.0 - weight).clamp(min=NEVER).log().masked_fill(itself, math.log(NEVER))
-            others = (kernel + negative).logsumexp(1, keepdim=True)
-            # all of them but j: j's own share is taken from the positive's, which counts once
-            loss = torch.logaddexp(kernel + weight.clamp(min=NEVER).log(), others) - kernel
-            return ((weight * loss).sum() / weight.sum().clamp(min=NEVER)).to(mu.dtype)
+            tau = torch.as_tensor(self.concentration, device=mu.device).double()
+            of_rows = partial(_all_pairs_of_rows, columns_mu=mu, columns_kappa=kappa, tau=tau)
+            sums = _by_blocks(of_rows, torch.arange(rows, device=mu.device), mu, kappa[:, None], same)
+            loss, weight = torch.stack(sums).sum(0)
+            return (loss / weight.clamp(min=NEVER)).to(mu.dtype)
 
 
 def log_expected_likelihood(one: VonMisesFisher, other: VonMisesFisher) -> Tensor:
@@ -122,21 +120,38 @@ def log_expected_likelihood(one: VonMisesFisher, other: VonMisesFisher) -> Tenso
     return value.to(torch.promote_types(one.concentration.dtype, other.concentration.dtype))
 
 
-def _in_blocks(log_c: Any, *inputs: Tensor) -> Tensor:
-    """log K [B, J] from mu [B, d], kappa [B, 1], mu [B, J, d], kappa [B, J].
+def _by_blocks(of_rows: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """`of_rows` of blocks of the inputs' rows, of which the last input [B, J] has one number for each pair.
 
     What the way back needs of a block of rows, some 30 numbers for each pair, is computed anew there.
     """
-
-    def of_rows(anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor) -> Tensor:
-        return _log_kernel(anchor_kappa, kappa, _SquaredChord.apply(anchor_mu, mu), mu.shape[-1], log_c)
-
-    block = block_rows(inputs[3], inputs[3].shape[1], CHUNK, CHUNK_GPU)
-    if block >= len(inputs[3]):
-        return of_rows(*inputs)
+    pairs = inputs[-1]
+    block = block_rows(pairs, pairs.shape[1], CHUNK, CHUNK_GPU)
+    if block >= len(pairs):
+        return [of_rows(*inputs)]
     parts = zip(*(x.split(block) for x in inputs), strict=True)
     again = partial(checkpoint, of_rows, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([again(*part) for part in parts])
+    return [again(*part) for part in parts]
+
+
+def _kernel_of_rows(anchor_mu: Tensor, anchor_kappa: Tensor, mu: Tensor, kappa: Tensor, *, log_c: Any) -> Tensor:
+    """log K [B, J] from mu [B, d], kappa [B, 1], and mu [B, J, d], kappa [B, J] or mu [J, d], kappa [J]."""
+    return _log_kernel(anchor_kappa, kappa, _SquaredChord.apply(anchor_mu, mu), mu.shape[-1], log_c)
+
+
+def _all_pairs_of_rows(
+    place: Tensor, mu: Tensor, kappa: Tensor, same: Tensor, *, columns_mu: Tensor, columns_kappa: Tensor, tau: Tensor
+) -> Tensor:
+    """Weighted sum of the losses of rows `place` [R] with all rows, and the sum of the weights."""
+    kernel = tau * _kernel_of_rows(mu, kappa, columns_mu, columns_kappa, log_c=_log_c)
+    itself = place[:, None] == torch.arange(len(columns_mu), device=place.device)
+    weight = same.to(kernel).masked_fill(itself, 0.0)
+    # logarithms of 0 as numbers that no kernel reaches, for gradients without NaN
+    negative = (1.0 - weight).clamp(min=NEVER).log().masked_fill(itself, math.log(NEVER))
+    others = (kernel + negative).logsumexp(1, keepdim=True)
+    # all of them but j: j's own share is taken from the positive's, which counts once
+    loss = torch.logaddexp(kernel + weight.clamp(min=NEVER).log(), others) - kernel
+    return torch.stack([(weight * loss).sum(), weight.sum()])
 
 
 def _log_kernel(k1: Tensor, k2: Tensor, chord: Tensor, dim: int, log_c: Any) -> Tensor:
@@ -172,24 +187,26 @@ def _paper_log_c(kappa: Tensor, dim: int) -> Tensor:
 
 
 class _SquaredChord(torch.autograd.Function):
-    """|mu_i - mu_j|^2 in float64 [B, J] for anchors [B, d] and columns [B, J, d], without keeping the differences.
+    """|mu_i - mu_j|^2 in float64 [B, J] for anchors [B, d] and columns [B, J, d], or [J, d] for all anchors.
 
-    Differentiable twice.
+    The differences are not kept. Differentiable twice.
     """
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, mu: Tensor) -> Tensor:
         ctx.save_for_backward(anchor, mu)
-        chord = torch.empty(mu.shape[:2], dtype=torch.float64, device=mu.device)
-        block = block_rows(mu, mu[0].numel(), CHUNK, CHUNK_GPU)
-        for start in range(0, len(mu), block):
+        chord = torch.empty(len(anchor), mu.shape[-2], dtype=torch.float64, device=mu.device)
+        block = block_rows(mu, mu.shape[-2] * mu.shape[-1], CHUNK, CHUNK_GPU)
+        for start in range(0, len(anchor), block):
             part = slice(start, start + block)
-            chord[part] = (anchor[part, None] - mu[part]).double().square_().sum(-1)
+            chord[part] = (anchor[part, None] - (mu if mu.ndim == 2 else mu[part])).double().square_().sum(-1)
         return chord
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         anchor, mu = ctx.saved_tensors
         grad = 2.0 * grads[0].to(mu)
+        if mu.ndim == 2:
+            return anchor * grad.sum(1, keepdim=True) - grad @ mu, mu * grad.sum(0)[:, None] - grad.T @ anchor
         by_anchor = anchor * grad.sum(1, keepdim=True) - torch.bmm(grad[:, None], mu)[:, 0]
         return by_anchor, grad[..., None] * (mu - anchor[:, None])

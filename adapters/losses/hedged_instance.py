@@ -30,7 +30,7 @@ class HedgedInstance(nn.Module):
         reading: "mean-log" or "log-mean".
         negative_weight: of the negatives' mean; None is 1 / M, as in the authors' code, in which more negatives so
             count for less. 1 weighs positive and negatives alike.
-        antithetic, sobol: as in `MCInfoNCE`.
+        antithetic, sobol, compiled: as in `MCInfoNCE`.
         reference: as the authors' code: its sampler, which misses its concentration above kappa = 10 unless kappa >> d.
     Source: Oh et al., ICLR 2019, arXiv 1810.00319; on the sphere Kirchhof et al., ICML 2023, arXiv 2302.02865.
     """
@@ -47,6 +47,7 @@ class HedgedInstance(nn.Module):
         antithetic: bool = True,
         sobol: bool = False,
         reference: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         check_positive("HedgedInstance", scale=scale)
@@ -58,10 +59,13 @@ class HedgedInstance(nn.Module):
             )
         if reading not in ("mean-log", "log-mean"):
             raise OptionError(f"HedgedInstance(reading={reading!r}): expected 'mean-log' or 'log-mean'")
-        if reference and sobol:
-            raise OptionError("HedgedInstance(reference=True, sobol=True): the authors' code has no Sobol points")
+        if reference and (sobol or compiled):
+            raise OptionError(
+                f"HedgedInstance(sobol={sobol}, compiled={compiled}, reference=True): the authors' code has no Sobol points, "
+                "and is not compiled; leave both at False"
+            )
         self.n_samples, self.reading, self.negative_weight = n_samples, reading, negative_weight
-        self.antithetic, self.sobol, self.reference = antithetic, sobol, reference
+        self.antithetic, self.sobol, self.reference, self.compiled = antithetic, sobol, reference, compiled
         self.fixed_scale, self.fixed_shift = float(scale), float(shift)
         self.log_scale = log_parameter(scale, learnable)
         self.learnt_shift = nn.Parameter(torch.tensor(float(shift))) if learnable else None
@@ -85,7 +89,8 @@ class HedgedInstance(nn.Module):
         sampling = Sampling(self.n_samples, self.antithetic, self.sobol, reference=self.reference)
         rows = partial(_rows, weight=self.negative_weight, reading=self.reading)
         posteriors = (anchor, positive, negatives)
-        return sampled_loss("HedgedInstance", rows, (self.scale, self.shift), posteriors, sampling, generator)
+        parameters = (self.scale, self.shift)
+        return sampled_loss("HedgedInstance", rows, parameters, posteriors, sampling, generator, self.compiled)
 
 
 def _rows(
@@ -110,4 +115,4 @@ def _rows(
         loss = -((log.logsumexp(2) - math.log(samples)).sum(0) * share.flatten()).sum()
         slope.mul_(torch.softmax(log, 2))
     slope.mul_(-sign)
-    return loss, slope * scale, (slope * cosine).sum(), slope.sum()
+    return loss, slope * scale, (slope * cosine).sum(-1).sum(), slope.sum(-1).sum()

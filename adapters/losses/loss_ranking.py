@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import OptionError
+from ..numerics import full
 
 
 class LossRanking(nn.Module):
@@ -37,10 +38,11 @@ class LossRanking(nn.Module):
         if u.ndim != 1 or u.shape != target_loss.shape or len(u) < 2:
             raise OptionError(f"LossRanking expects two [B] with B >= 2; given {_shapes(u, target_loss)}")
         pairs = len(u) // 2
-        target = target_loss.detach()[: 2 * pairs].reshape(pairs, 2)
+        target = full(target_loss.detach())[: 2 * pairs].reshape(pairs, 2)
         gap = target[:, 0] - target[:, 1]
-        order = torch.where(gap > 0, 1.0, -1.0).masked_fill(gap.abs() < self.leeway, 0.0)
-        value = u[: 2 * pairs].reshape(pairs, 2)
+        order = torch.where(gap > 0, 1.0, torch.where(gap <= 0, -1.0, gap))  # what is no number stays none
+        order = order.masked_fill(gap.abs() < self.leeway, 0.0)
+        value = full(u)[: 2 * pairs].reshape(pairs, 2)
         return functional.relu(self.margin - order * (value[:, 0] - value[:, 1])).mean()
 
 
@@ -59,7 +61,7 @@ class LossMSE(nn.Module):
             raise OptionError(
                 f"LossMSE expects two tensors of one shape with at least one number; given {_shapes(u, target_loss)}"
             )
-        return (u - target_loss.detach()).square().mean()
+        return (full(u) - full(target_loss.detach())).square().mean()
 
 
 def _shapes(*tensors: Tensor) -> str:

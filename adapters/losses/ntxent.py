@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
-from .common import log_parameter, number
+from .common import check_positive, log_parameter, number
 from .contrast import Terms, contrast, unit_views
 
 
@@ -36,8 +33,7 @@ class NTXent(nn.Module):
         learnable: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise OptionError(f"NTXent: temperature={temperature} was given; expected a positive number such as 0.1")
+        check_positive("NTXent", temperature=temperature)
         self.log_temperature = log_parameter(temperature, learnable)
         self.fixed_temperature = float(temperature)
         self.terms = Terms(include_positive=include_positive, floor=1e-6 if reference else 0.0)

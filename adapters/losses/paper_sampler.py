@@ -55,7 +55,7 @@ def _paper_cosine(kappa: Tensor, dim: int, generator: torch.Generator | None) ->
     with torch.no_grad():
         top = 4.0 * a * b / (1.0 + b) - n * math.log(n)
         accepted = torch.full_like(k, 0.5)
-        left = torch.ones_like(point)
+        left = ~torch.isnan(k)  # of which no proposal would ever be accepted
         while left.any():
             g = standard_normal((int(left.sum()), dim), k, generator)
             share = 0.5 * (1.0 + g[:, 0] / g.norm(dim=-1))  # Beta((d - 1) / 2, (d - 1) / 2)
@@ -67,4 +67,4 @@ def _paper_cosine(kappa: Tensor, dim: int, generator: torch.Generator | None) ->
             accepted[tuple(index[accept] for index in place)] = share[accept]
             left[tuple(index[accept] for index in place)] = False
     w = (1.0 - (1.0 + b) * accepted) / (1.0 - (1.0 - b) * accepted)
-    return torch.where(point, 1.0, w)
+    return torch.where(point, 1.0, torch.where(torch.isnan(k), k, w))

@@ -13,6 +13,9 @@ def check_posteriors(
     name: str, anchor: VonMisesFisher, positive: VonMisesFisher, negatives: VonMisesFisher | None
 ) -> None:
     """Refuses anything but batch shapes [B], [B] and [B, M] (or no negatives, and B > 1) in one dimension."""
+    if not all(isinstance(x, VonMisesFisher) for x in (anchor, positive, negatives) if x is not None):
+        given = [type(x).__name__ for x in (anchor, positive, negatives)]
+        raise OptionError(f"{name} expects posteriors, VonMisesFisher(mean_direction, concentration); given {given}")
     shapes = [tuple(x.batch_shape) for x in (anchor, positive, negatives) if x is not None]
     dims = {x.dim for x in (anchor, positive, negatives) if x is not None}
     rows = shapes[0][0] if len(shapes[0]) == 1 else 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..numerics import full
+from .common import check_positive
 from .contrast import Terms, contrast, unit_views
 
 FLOOR = 1e-6  # added to each denominator, as in the paper's code
@@ -38,8 +37,7 @@ class TaU(nn.Module):
 
     def __init__(self, base_temperature: float = 0.1, include_positive: bool = False, reference: bool = False) -> None:
         super().__init__()
-        if not 0 < base_temperature < math.inf:
-            raise OptionError(f"TaU: base_temperature={base_temperature} was given; expected a positive number")
+        check_positive("TaU", base_temperature=base_temperature)
         self.base_temperature = base_temperature
         self.terms = Terms(include_positive=include_positive, floor=FLOOR)
         self.reference = reference

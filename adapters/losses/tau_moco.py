@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from ..errors import OptionError
 from ..numerics import block_rows, first_order, full, unit_rows
+from .common import check_positive
 from .contrast import CHUNK, CHUNK_GPU
 
 
@@ -28,8 +29,7 @@ class TaUMoCo(nn.Module):
 
     def __init__(self, base_temperature: float = 0.1) -> None:
         super().__init__()
-        if not 0 < base_temperature < math.inf:
-            raise OptionError(f"TaUMoCo: base_temperature={base_temperature} was given; expected a positive number")
+        check_positive("TaUMoCo", base_temperature=base_temperature)
         self.base_temperature = base_temperature
 
     def forward(self, query: Tensor, key: Tensor, queue: Tensor, r_query: Tensor) -> Tensor:

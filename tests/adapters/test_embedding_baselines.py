@@ -114,6 +114,9 @@ def test_hib_needs_no_negative_of_the_anchors_class(generator: torch.Generator) 
     none[:2, 2:] = 1.0  # only the first two anchors have negatives
     loss = method.pair_loss(x, x, none, generator)
     assert loss.isfinite()
+    nothing = method.pair_loss(x, x, torch.zeros(6, 6), generator)  # a batch of one class
+    assert nothing.item() == 0.0
+    nothing.backward()
 
 
 def test_an_online_posterior_has_the_curvature_of_its_rows() -> None:

@@ -290,6 +290,19 @@ def test_extreme_samples_and_gradients_are_finite(dim: int, generator: torch.Gen
     torch.testing.assert_close(z[:, -1], (mu[-1] / mu[-1].norm()).expand(64, -1))
 
 
+def test_batches_of_none_and_no_samples() -> None:
+    none = VonMisesFisher(torch.ones(0, 3), torch.ones(0))
+    assert none.rsample((2,)).shape == (2, 0, 3)
+    assert none.mean.shape == (0, 3)
+    assert VonMisesFisher(torch.ones(2, 3), 1.0).sample((0,)).shape == (0, 2, 3)
+
+
+def test_a_share_outside_0_and_1_is_no_share() -> None:
+    for q in (-0.1, 1.5, math.nan):
+        with pytest.raises(OptionError, match=f"q={q}"):
+            VonMisesFisher(torch.ones(3), 1.0).cosine_quantile(q)
+
+
 def test_it_is_a_torch_distribution(generator: torch.Generator) -> None:
     mu = torch.randn(4, 1, 6, generator=generator)
     posterior = VonMisesFisher(3.0 * mu, torch.rand(3, generator=generator), validate_args=True)

@@ -137,6 +137,15 @@ def test_soft_labels_train_kappa() -> None:
     assert np.isfinite(report["held_out_loss"])
 
 
+def test_batches_of_one_class_train_kappa_all_the_same() -> None:
+    features, _ = ambiguous_data()
+    label = np.zeros(N, dtype=np.int64)
+    label[:: N // 4] = 1  # most batches of 16 have none of these
+    rare = Features.from_arrays(features.embedding, label=label)
+    report = KappaHead(projection=4, n_samples=4, n_negatives=8).fit(fit_data(rare, "labels", epochs=1, batch_size=16))
+    assert np.isfinite(report["held_out_loss"])
+
+
 def test_the_loss_head_ranks_the_classifiers_own_losses() -> None:
     features, _ = ambiguous_data()
     head = LossHead()

@@ -28,7 +28,7 @@ def _two_columns(dim: int, generator: torch.Generator, cosine: float = 0.3) -> t
 def _sample(mu: Tensor, kappa: float, columns: Tensor, kappas: float, generator: torch.Generator) -> np.ndarray:
     draws = Draws(columns, SAMPLES, False, generator)
     k = columns.new_tensor([kappa]), columns.new_full((1, columns.shape[1]), kappas)
-    return prepare(mu, k[0], columns, k[1], draws).sample(slice(None)).cosine[0].numpy()
+    return prepare(mu, k[0], columns, k[1], draws).draw(slice(None)).sample().cosine[0].numpy()
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -94,7 +94,7 @@ def test_mirrored_scores_are_scores_like_any(dim: int, generator: torch.Generato
 def test_opposite_pairs(samples: int) -> None:
     """Directions and scores are opposite in pairs of samples, never both in one pair where there are four or more."""
     draws = Draws(torch.zeros(()), samples, True, torch.Generator().manual_seed(0))
-    direction, drawn = draws.paired(draws.normal(3)), draws.normal(3)
+    direction, drawn = draws.pairs.directions(draws.normal(3)), draws.normal(3)
     score = torch.cat([drawn, -drawn], -1)[:, :samples]
     assert direction.shape == (3, samples)
     for x in (direction, score):

@@ -338,7 +338,12 @@ def _launch(folder: Path, cuts: list[int]) -> list[dict]:
         )
         for rank in range(len(cuts))
     ]
-    outputs = [run.communicate(timeout=120) for run in runs]
+    try:
+        outputs = [run.communicate(timeout=600) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
     assert [run.returncode for run in runs] == [0] * len(cuts), [errors for _, errors in outputs]
     return [json.loads(output) for output, _ in outputs]
 

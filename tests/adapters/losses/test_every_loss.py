@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
 
 from posthoc.adapters import losses, vmf_table
-from posthoc.adapters.errors import OptionError
+from posthoc.adapters.errors import DataError, OptionError
 from posthoc.adapters.losses import sampled
 from posthoc.adapters.vmf import VonMisesFisher, concentration_from_resultant
 
@@ -19,6 +20,7 @@ TWICE = {
     "AnInfoNCE reference",
     "ExpectedLikelihoodKernel",
     "ExpectedLikelihoodKernel rolled",
+    "ExpectedLikelihoodKernel all pairs",
     "MutualLikelihood",
     "LossRanking",
     "LossMSE",
@@ -40,6 +42,21 @@ def test_second_derivatives_are_right_or_refused(name: str) -> None:
     with pytest.raises(OptionError, match="no second derivative; call without create_graph"):
         torch.autograd.grad(call.loss(*call.inputs), trained, create_graph=True)
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(call.loss(*call.inputs), trained))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_number_is_seen(name: str) -> None:
+    """A NaN in any input that is trained makes the loss one: 0, or the mean of the other rows, would be taken for learning."""
+    call = calls(4, 3, dtype=torch.float64)[name]
+    for place, x in enumerate(call.inputs):
+        inputs = list(call.inputs)
+        inputs[place] = x.detach().clone()
+        inputs[place].view(-1)[0] = math.nan
+        try:
+            value = call.loss(*inputs)
+        except (DataError, OptionError, ValueError):
+            continue  # refused, in words
+        assert value.isnan(), place
 
 
 def test_second_derivatives_of_distributions_are_right_or_refused(generator: torch.Generator) -> None:
@@ -114,7 +131,8 @@ def test_one_matrix_is_held_at_most(name: str, monkeypatch: pytest.MonkeyPatch) 
         matrix = 8 * n**2  # the kernel's, in float64
     elif name == "ContrastiveMetric":
         matrix = 2 * n**2  # two masks of a byte each
-    assert matrix < peak_bytes(step) < 1.05 * matrix + 8 * given + 64 * 4 * (1 << 12)
+    numbers = 96 if name.endswith("all pairs") else 64  # of a block's elements, in float32
+    assert matrix < peak_bytes(step) < 1.05 * matrix + 8 * given + numbers * 4 * (1 << 12)
 
 
 DEVICES = (

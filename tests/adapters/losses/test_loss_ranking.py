@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,10 @@ def test_wrong_arguments_are_named() -> None:
         LossMSE()(torch.ones(4), torch.ones(4, 1))
     with pytest.raises(OptionError, match="margin=-1"):
         LossRanking(-1)
+
+
+def test_half_precision_and_targets_that_are_no_numbers() -> None:
+    u, target = torch.tensor([3e4, -6e4]).half(), torch.tensor([0.0, 300.0]).half()
+    assert LossRanking()(u, target).item() == pytest.approx(9e4, rel=1e-3)
+    assert LossMSE()(target, torch.zeros(2).half()).item() == pytest.approx(45_000.0)
+    assert LossRanking()(torch.zeros(2), torch.tensor([1.0, math.nan])).isnan()

@@ -101,20 +101,17 @@ def test_golden_means_of_loss_and_gradients(shared: Path, case: str, antithetic:
     tau, samples = meta["loss_args"]["kappa_init"], meta["loss_args"]["n_samples"]
     seen = draw(ours(tau, samples, antithetic), inputs, copies=50, calls=30)
     exact = Moments(*(torch.tensor(float(golden[f"exact_loss_{part}"])) for part in ("mean", "se")))
-    assert gap(seen["loss"], exact) < (8.0 if exact.mean < 1e-3 else 4.0)
-    # rows of a loss below 1e-3 are heavy-tailed: the stored standard errors, of 150 draws, are too small there
-    with torch.no_grad():
-        rows = rows_of_full_vectors(tau, samples, torch.Generator().manual_seed(1), *posteriors(inputs))
-    # a gradient stored for d = 64 lies 4.9 to 5.0 of its standard errors from what independent draws converge to
-    row = 8.0 - 2.5 * (rows > 1e-3)
-    limit = {"ref": row, "neg": row, "pos": row if "mu_neg" in inputs else torch.maximum(row, row.roll(-1))}
+    assert gap(seen["loss"], exact) < 4.0
+    gaps: list[Tensor] = []
     for name, x in inputs.items():
         mean, error = (torch.tensor(golden[f"exact_grad_{part}_{name}"]).reshape(x.shape) for part in ("mean", "se"))
         truth = Moments(tangent(mean, x) if name.startswith("mu") else mean, error)
-        within = limit[name[-3:]].reshape(-1, *[1] * (x.ndim - 1))
-        assert (gap(seen[name], truth) < within).all(), name
+        gaps.append(gap(seen[name], truth).flatten())
+    apart = torch.cat(gaps)
+    assert (apart > 5.0).double().mean() <= 1e-3  # the golden README's rule
+    assert apart.max() < 8.0
     truth = Moments(*(tau * torch.tensor(float(golden[f"exact_grad_{p}_loss_kappa"][0])) for p in ("mean", "se")))
-    assert gap(seen["tau"], truth) < (8.0 if exact.mean < 1e-3 else 5.0)
+    assert gap(seen["tau"], truth) < 5.0
 
 
 def test_the_papers_sampler_would_be_told_apart(shared: Path) -> None:

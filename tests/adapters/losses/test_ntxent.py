@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from posthoc.adapters.errors import OptionError
 from posthoc.adapters.losses import AnInfoNCE, NTXent, TaU, contrast
+from posthoc.adapters.losses.contrast import Terms
 
 from .tools import peak_bytes
 
@@ -60,8 +62,21 @@ def test_reference_form_matches_the_papers_code(shared: Path, case: str) -> None
             assert np.abs(grad.numpy() - expected).max() <= limit[0] + limit[1] * np.abs(expected).max()
 
 
-# The `infonce_*` of golden/mcinfonce/url_losses.npz are no loss of this library: their positive is not in the
-# denominator and both sums have a 1 in them, a row's cosine with itself after that code's masking (spec, section 8.1).
+def test_golden_infonce_of_the_uncertainty_benchmark(shared: Path) -> None:
+    """No loss of this library: its positive is not in the denominator, and a row's masked cosine with itself adds exp(0) to
+    both of its sums (spec, section 8.1). The pieces make it all the same."""
+    golden = np.load(shared / "golden/mcinfonce/url_losses.npz")
+    tau = json.loads(str(golden["meta"]))["temp"]
+    features = torch.tensor(golden["features"]).double().requires_grad_()
+    u = functional.normalize(features, dim=-1)
+    z = torch.cat([u[::2], u[1::2]])
+    close = (z * z.roll(len(z) // 2, 0)).sum(-1) * tau
+    terms = Terms(include_positive=False, floor=1.0)
+    value = contrast.contrast(z, torch.full_like(close, tau).detach(), torch.log1p(close.exp()), terms)
+    assert value.item() == pytest.approx(float(golden["infonce_ssl"]), rel=1e-6)
+    (grad,) = torch.autograd.grad(value, features)
+    expected = golden["infonce_ssl_grad_features"]
+    assert np.abs(grad.numpy() - expected).max() < 1e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +200,7 @@ def test_one_trained_view_and_no_gradient(generator: torch.Generator) -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    for t in (0.0, -1.0, math.inf, math.nan):
+    for t in (0.0, -1.0, 1e-40, math.inf, math.nan):
         with pytest.raises(OptionError, match=f"temperature={t}"):
             NTXent(t)
     for shapes in (((1, 3), (1, 3)), ((4, 3), (5, 3)), ((4,), (4,))):

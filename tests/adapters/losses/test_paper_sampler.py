@@ -35,3 +35,10 @@ def test_golden_cosines_and_their_gradient(shared: Path) -> None:
         biased += int((np.abs(slope.mean(0) - golden["dA"][i]) > 8.0 * error).sum())
     assert wrong >= 5, "were the sampler right there would be no need for it"
     assert biased >= 5
+
+
+def test_a_concentration_that_is_no_number_ends(generator: torch.Generator) -> None:
+    kappa = torch.tensor([math.nan, 5.0])
+    z = paper_rsample(VonMisesFisher(torch.eye(4)[:2], kappa, validate_args=False), 3, generator)
+    assert z[:, 0].isnan().all()
+    assert z[:, 1].isfinite().all()

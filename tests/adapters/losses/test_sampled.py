@@ -107,8 +107,12 @@ def test_golden_hedged_instance(shared: Path, case: str, reference: bool) -> Non
 @pytest.mark.parametrize("case", ["d10_neg4", "d10_rolled_wide", "d3_rolled", "d64_neg3_k16_32", "d64_rolled_k100_200"])
 def test_golden_mcinfonce_of_the_papers_code(shared: Path, case: str) -> None:
     golden, given, inputs = read(shared, f"mcinfonce_{case}")
-    loss = MCInfoNCE(given["kappa_init"], given["n_samples"], reference=True)
-    assert_stored(measure(loss, inputs, copies=10, calls=15), golden, "ref", inputs)
+    tau = given["kappa_init"]
+    loss = MCInfoNCE(tau, given["n_samples"], learnable=True, reference=True)
+    seen = measure(loss, inputs, copies=10, calls=15)
+    assert_stored(seen, golden, "ref", inputs)
+    by_tau = stored(golden, "ref", inputs, "loss_kappa")
+    assert gap(seen["log_concentration"], Moments(tau * by_tau.mean, tau * by_tau.error)) < 5.0
 
 
 @pytest.mark.parametrize("reading", READINGS)
@@ -166,6 +170,31 @@ def test_gradients_of_given_samples(rows: Any) -> None:
     hedged = rows.func is hedged_instance._rows if isinstance(rows, partial) else False
     parameters = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ((2.0, 0.3) if hedged else (2.0,))]
     assert torch.autograd.gradcheck(lambda c, *p: sampled._GivenLoss.apply(c, rows, *p), (cosine, *parameters))
+
+
+@pytest.mark.parametrize("negatives", [0, 3])
+@pytest.mark.parametrize(
+    ("dim", "kappa", "named"), [(2, 5.0, ("mu", "kappa")), (3, 5.0, ("kappa",)), (3, math.inf, ("mu",))]
+)
+@pytest.mark.parametrize("loss", [MCInfoNCE(6.0, 7, learnable=True), HedgedInstance(3.0, 0.2, 7, learnable=True)])
+def test_gradients_of_fixed_draws(
+    loss: nn.Module, dim: int, kappa: float, named: tuple[str, ...], negatives: int
+) -> None:
+    """By differences, the draws held. Above d = 2 a mean's gradient is that of samples it turns along, another coupling
+    with the same mean: there `test_agrees_with_full_vectors` compares means over many draws."""
+    inputs = make_inputs(dim, negatives, kappa=(1.0, 1.5))
+    if math.isinf(kappa):
+        inputs = {n: x if n.startswith("mu") else torch.full_like(x, kappa) for n, x in inputs.items()}
+    names = [name for name in inputs if name.startswith(named)]
+    loss = loss.double()
+    parameters = list(loss.parameters())
+
+    def evaluate(*given: Tensor) -> Tensor:
+        everything = {**inputs, **dict(zip(names, given, strict=False))}
+        return loss(*posteriors(everything), generator=torch.Generator().manual_seed(3))
+
+    given = [inputs[name].clone().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(evaluate, [*given, *parameters], atol=1e-6, rtol=1e-4)
 
 
 def hedged_of_full_vectors(reading: str, samples: int, *posterior: VonMisesFisher, generator: Any) -> Tensor:
@@ -383,6 +412,8 @@ def test_more_negatives_weigh_less_unless_told_otherwise() -> None:
 
 def test_distributions_that_do_not_fit_are_refused() -> None:
     fits = VonMisesFisher(torch.ones(4, 8), 1.0)
+    with pytest.raises(OptionError, match=r"expects posteriors.*given \['Tensor'"):
+        HedgedInstance()(torch.ones(4, 8), fits)  # type: ignore[arg-type]
     for other in (VonMisesFisher(torch.ones(3, 8), 1.0), VonMisesFisher(torch.ones(4, 7), 1.0)):
         with pytest.raises(OptionError, match=r"HedgedInstance expects .* \[B, M\]"):
             HedgedInstance()(fits, other)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from posthoc.adapters.errors import OptionError
-from posthoc.adapters.losses import HedgedInstance, MCInfoNCE
+from posthoc.adapters.losses import HedgedInstance, MCInfoNCE, sampled
 from posthoc.adapters.vmf import VonMisesFisher
 
 
@@ -60,8 +60,28 @@ def test_distributions_that_do_not_fit_are_refused() -> None:
         (HedgedInstance, {"reference": True, "sobol": True}, r"no Sobol points"),
         (HedgedInstance, {"n_samples": 2.5}, r"n_samples=2.5.*whole"),
         (MCInfoNCE, {"reference": True, "positive_draws": 2}, r"neither extra draws"),
+        *(
+            (loss, {"reference": True, "compiled": True}, r"compiled=True.*not compiled")
+            for loss in (MCInfoNCE, HedgedInstance)
+        ),
     ],
 )
 def test_meaningless_options_are_refused(loss: type[nn.Module], options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         loss(**options)
+
+
+def test_blocks_are_computed_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever becomes of them, the caller has its threads back."""
+    seen = []
+
+    def fail(*_: Any) -> None:
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(sampled, "evaluate_block", fail)
+    torch.set_num_threads(2)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        MCInfoNCE()(VonMisesFisher(torch.eye(4), 1.0), VonMisesFisher(torch.eye(4), 1.0))
+    assert seen == [1]
+    assert torch.get_num_threads() == 2

@@ -74,6 +74,8 @@ def calls(
     views, raw = [leaf(n, dim), leaf(n, dim)], [leaf(n), leaf(n)]
     stacked, prior = [leaf(n, 2, dim)], leaf(n, 2 * dim).detach()
     label = (torch.arange(n) % 2).to(device)
+    shares = prior.square() / prior.square().sum(1, keepdim=True)
+    same = shares @ shares.T
     triples = [x for shape in ((n,), (n,), (n, negatives)) for x in (leaf(*shape, dim), leaf(*shape))]
     normals = [x for shape in ((n,), (n,), (n, negatives)) for x in (leaf(*shape, dim), leaf(*shape, dim))]
 
@@ -117,6 +119,12 @@ def calls(
         "HedgedInstance": Call(partial(sampled, module(losses.HedgedInstance(2.0, 0.5, 8, learnable=True))), triples),
         "ExpectedLikelihoodKernel": Call(partial(on_sphere, losses.ExpectedLikelihoodKernel(2.0)), triples),
         "ExpectedLikelihoodKernel rolled": Call(partial(on_sphere, losses.ExpectedLikelihoodKernel(2.0)), triples[:4]),
+        "ExpectedLikelihoodKernel all pairs": Call(
+            lambda mu, kappa: losses.ExpectedLikelihoodKernel(2.0).all_pairs(
+                VonMisesFisher(mu, 8.0 * functional.softplus(kappa)), same
+            ),
+            triples[:2],
+        ),
         "HedgedGaussian": Call(partial(gaussian, module(losses.HedgedGaussian())), normals),
         "HedgedGaussian rolled": Call(
             partial(gaussian, module(losses.HedgedGaussian(reading="mean-log"))), normals[:4]
