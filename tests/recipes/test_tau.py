@@ -571,7 +571,7 @@ def test_the_benchmarks_runs_are_configs(
     words: str, count: int, processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Every variant's options are those of a run, and no two variants' are the same."""
-    place = Path(tau.__file__).parents[1] / "benchmarks"
+    place = Path(__file__).parents[2] / "benchmarks"
     monkeypatch.syspath_prepend(str(place))
     benchmark = runpy.run_path(str(place / "tau.py"))
     seen: list[TauConfig] = []
