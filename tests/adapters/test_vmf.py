@@ -185,12 +185,17 @@ def test_wrong_arguments_are_named() -> None:
 
 
 @pytest.mark.parametrize("dim", DIMS)
-def test_sampled_mean_cosine(dim: int, generator: torch.Generator) -> None:
-    kappa = torch.tensor(KAPPAS)
+def test_sampled_mean_cosine_and_its_gradient(dim: int, generator: torch.Generator) -> None:
     n = max(500, min(20_000, 1_000_000 // dim))
-    cosine = VonMisesFisher(_axis(dim), kappa).sample((n,), generator)[..., 0].double()
-    gap = cosine.mean(0) - mean_resultant_length(kappa.double(), dim)
-    assert (gap.abs() < 4.0 * cosine.std(0) / math.sqrt(n)).all()
+    kappa = torch.tensor(KAPPAS).expand(n, -1).clone().requires_grad_()
+    cosine = VonMisesFisher(_axis(dim), kappa).rsample((), generator)[..., 0]
+    (slope,) = torch.autograd.grad(cosine.sum(), kappa)
+    exact = torch.tensor(KAPPAS, dtype=torch.float64, requires_grad=True)
+    mean = mean_resultant_length(exact, dim)
+    (by_kappa,) = torch.autograd.grad(mean.sum(), exact)
+    for seen, truth in ((cosine, mean), (slope, by_kappa)):
+        seen = seen.detach().double()
+        assert ((seen.mean(0) - truth).abs() < 4.0 * seen.std(0) / math.sqrt(n)).all()
 
 
 @pytest.mark.parametrize("dim", [2, 3, 5, 8, 10, 64, 512])
