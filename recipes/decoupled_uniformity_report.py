@@ -8,6 +8,7 @@ from typing import Any
 
 from ..adapters.training_loop import Record
 from ..eval.plots import COLOURS, MARKERS, page
+from .pretraining import told_throughput
 
 SEEN = {True: "seen by the prior", False: "not seen", None: "unknown", "annotations": "people's annotations"}
 
@@ -74,11 +75,5 @@ def table(results: Mapping[str, Any]) -> str:
                 "",
                 f"the order of {prior['name']} was checked by its labels alone, which do not tell images of a class apart",
             ]
-    speed = results["throughput"]
-    if speed:
-        lines.append("")
-        lines.append(
-            f"{speed['training_images_per_second']:g} images/s, {speed['random_tensors_images_per_second']:g} on random tensors: "
-            f"{speed['share']:.0%}, {speed['device']}"
-        )
+    lines += told_throughput(results["throughput"])
     return "\n".join(lines)

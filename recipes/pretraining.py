@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,6 +231,17 @@ def throughput(run: Run, module: nn.Module, batch: Batch) -> dict[str, Any]:
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else str(run.device)
     rounded = {f"{name}_images_per_second": round(value, 1) for name, value in best.items()}
     return {**rounded, "share": round(best["training"] / best["random_tensors"], 3), "device": device}
+
+
+def told_throughput(rates: Mapping[str, Any]) -> list[str]:
+    """What `throughput` measured as lines of Markdown; none where nothing was."""
+    if not rates:
+        return []
+    plain = rates["random_tensors_images_per_second"]
+    return [
+        "",
+        f"{rates['training_images_per_second']:g} images/s, {plain:g} on random tensors: {rates['share']:.0%}, {rates['device']}",
+    ]
 
 
 def own_view_found(first: Tensor, second: Tensor) -> float:

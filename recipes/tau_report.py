@@ -8,6 +8,7 @@ from typing import Any
 
 from ..adapters.training_loop import Record
 from ..eval.plots import COLOURS, DASHES, MARKERS, legend, page
+from .pretraining import told_throughput
 from .pretraining_evaluation import auroc
 
 
@@ -74,11 +75,5 @@ def table(results: Mapping[str, Any]) -> str:
     lines.append("|---" * (len(columns) + 1) + "|")
     for name, row in ((results["method"], results["worth"]), ("random", results["random_features"])):
         lines.append(f"| {name} | " + " | ".join(f"{100 * row[column]:.1f} %" for column in columns) + " |")
-    speed = results["throughput"]
-    if speed:
-        lines.append("")
-        lines.append(
-            f"{speed['training_images_per_second']:g} images/s, {speed['random_tensors_images_per_second']:g} on random tensors: "
-            f"{speed['share']:.0%}, {speed['device']}"
-        )
+    lines += told_throughput(results["throughput"])
     return "\n".join([*lines, "", *ood_lines(results["ood"])])
