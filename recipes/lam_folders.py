@@ -6,6 +6,7 @@ Nothing is downloaded: where something is missing, the error says what is expect
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,11 +114,26 @@ def _cities(folder: Path, names: Sequence[str], every: Sequence[str]) -> Files:
                 if row["key"] in round_ones:
                     continue
                 paths.append(place / "images" / f"{row['key']}.jpg")
-                target.append((APART * number + float(row["easting"]), float(row["northing"])))
+                east, north = _position(row, place / "postprocessed.csv")
+                target.append((APART * number + east, north))
                 group.append(number)
                 query.append(part == "query")
     files = _files(paths, np.array(target), np.array(group), folder)
     return Files(files.paths, files.target, files.group, folder, np.array(query))
+
+
+def _position(row: dict[str, str], path: Path) -> tuple[float, float]:
+    """Easting and northing in metres. Raises DataError where they are no finite numbers."""
+    try:
+        east, north = float(row["easting"]), float(row["northing"])
+    except ValueError:
+        east = north = math.nan
+    if not (math.isfinite(east) and math.isfinite(north)):
+        raise DataError(
+            f"{path}, key {row['key']}: easting '{row['easting']}', northing '{row['northing']}'; two numbers of metres are "
+            "expected: unpack the archive again"
+        )
+    return east, north
 
 
 def hold_out(files: Files, share: float, generator: np.random.Generator) -> tuple[Files, Files]:

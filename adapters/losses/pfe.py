@@ -51,4 +51,5 @@ def _terms(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: T
     with torch.autocast(mean1.device.type, enabled=False):
         mean1, log_variance1, mean2, log_variance2 = map(full, (mean1, log_variance1, mean2, log_variance2))
         log = torch.logaddexp(log_variance1, log_variance2)
-        return (mean1 - mean2).square() * (-log).exp() + log
+        # the root first: exp(-log) itself is infinite from variances of e^-89 on, and 0 times it no number
+        return ((mean1 - mean2) * (-0.5 * log).exp()).square() + log

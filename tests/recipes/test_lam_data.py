@@ -201,6 +201,10 @@ def test_broken_archives_are_told(tmp_path: Path) -> None:
     (msls(tmp_path) / "train_val/cph/query/postprocessed.csv").write_text("key\n1\n")
     with pytest.raises(DataError, match="columns key, easting, northing"):
         read_msls(tmp_path)
+    for unread in ("east", "nan", ""):
+        (tmp_path / "train_val/cph/query/postprocessed.csv").write_text(f"key,easting,northing\nq1,{unread},7\n")
+        with pytest.raises(DataError, match=f"key q1: easting '{unread}', northing '7'; two numbers"):
+            read_msls(tmp_path)
 
 
 def test_ood_sets_are_read_as_the_images_they_are_compared_with(shared: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +51,16 @@ def test_gradients(generator: torch.Generator) -> None:
 
 def test_extreme_variances_are_finite_and_autocast_changes_nothing(generator: torch.Generator) -> None:
     mean = torch.randn(2, 4, 3, generator=generator)
-    for level in (-80.0, 0.0, 80.0):
+    for level, other in ((-160.0, mean[0]), (-80.0, mean[1]), (0.0, mean[1]), (80.0, mean[1]), (160.0, mean[1])):
         log = torch.full((4, 1), level, requires_grad=True)
-        value = MutualLikelihood()(mean[0], log, mean[1], log)
+        value = MutualLikelihood()(mean[0], log, other, log)
         (grad,) = torch.autograd.grad(value, log)
         assert value.isfinite()
         assert grad.isfinite().all()
+        if other is mean[0]:  # equal means: log v alone
+            torch.testing.assert_close(value, torch.tensor(level + math.log(2.0)))
+    log = torch.zeros(4, 1)
+    value = MutualLikelihood()(mean[0], log, mean[1], log)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(MutualLikelihood()(mean[0], log, mean[1], log), value)
 
