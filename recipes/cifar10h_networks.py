@@ -83,6 +83,9 @@ class PosteriorNetwork(nn.Module):
     parametrization "network": kappa from a small network on the backbone's features; "norm": the length of the projected
     features, with weight norm on the projection (the paper's implicit kappa). kappa: its size before training. centred:
     whether the projection has a bias and begins at the principal directions; else at Xavier's numbers (the paper).
+    untrained: the backbone has random weights. Its features of different images differ by some hundredths, and training moves
+    all of them much farther, so that a network on features standardised at the start ends at its bound of kappa, which is
+    then the same for all images: each image's features are normalised instead (LayerNorm), and not standardised.
     """
 
     def __init__(
@@ -93,8 +96,10 @@ class PosteriorNetwork(nn.Module):
         parametrization: Parametrization = "network",
         kappa: float = 16.0,
         centred: bool = True,
+        untrained: bool = False,
     ) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(features, elementwise_affine=False) if untrained else nn.Identity()
         self.backbone, self.dim, self.kappa, self.centred = backbone, dim, kappa, centred
         self.projection: nn.Module = nn.Linear(features, dim, bias=centred)
         self.network: LogSumExpNet | None = None
@@ -113,9 +118,10 @@ class PosteriorNetwork(nn.Module):
 
         Where kappa is the norm, the centred projection has kappa as its mean length.
         """
-        mean, std = features.mean(0), features.std(0)
-        if self.network is not None:
-            self.network.standardise(mean, std)
+        features = self.norm(features)
+        mean = features.mean(0)
+        if self.network is not None and isinstance(self.norm, nn.Identity):
+            self.network.standardise(mean, features.std(0))
         layer: Any = self.projection
         weight = torch.empty_like(layer.weight)
         if self.centred:
@@ -132,6 +138,7 @@ class PosteriorNetwork(nn.Module):
     def forward(self, inputs: Tensor) -> VonMisesFisher:
         features = features_of(self.backbone, inputs)
         with torch.autocast(features.device.type, enabled=False):  # 8 bits of a large log kappa are too few
+            features = self.norm(features)
             projected = self.projection(features)
             kappa = projected.norm(dim=-1) if self.network is None else self._kappa(self.network(features))
             return VonMisesFisher(functional.normalize(projected, dim=-1), kappa, validate_args=False)

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..adapters.errors import DataError
+from ..adapters.errors import DataError, PosthocError
 from ..adapters.losses import ExpectedLikelihoodKernel, HedgedInstance, MCInfoNCE
 from ..adapters.positives import PairBatch, RowNumbers, SoftLabelPairs, draw_negatives
 from ..adapters.training import EpochOrder
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 ROWS = 128
 """Images of one pass without gradients."""
+SAME = 1e-5
+"""Uncertainties that differ by less, relative to their size, are float noise."""
 ORDER, TRAINING, VALIDATION = 300, 301, 302  # places of the random numbers
 Stage = Literal["", "-head"]
 """The training of a fold's whole network, and of its head alone before."""
@@ -190,6 +192,21 @@ def answer(network: nn.Module, inputs: Inputs, rows: np.ndarray, crop: bool = Fa
     return Answer(directions("the embedding", embedding), entropy(logits), logits=logits.numpy())
 
 
+def check_distinct(found: Answer, fold: int) -> None:
+    """Raises PosthocError where the network's uncertainty is the same for all images."""
+    if np.ptp(found.uncertainty) <= SAME * np.abs(found.uncertainty).max():
+        value = "the entropy" if found.kappa is None else f"kappa, {found.kappa[0]:.3g},"
+        raise PosthocError(
+            f"fold {fold}: {value} is the same for all images, so it ranks nothing: the training has run to a bound. Give a "
+            "lower --lr or --head-lr, or kappa from --parametrization norm"
+        )
+
+
+def _rank_correlation(score: np.ndarray, target: np.ndarray) -> float:
+    """Spearman's, and 0 of a score that is the same for all images: it ranks nothing."""
+    return 0.0 if np.ptp(score) == 0 or np.ptp(target) == 0 else float(spearmanr(score, target).statistic)
+
+
 class Watch:
     """Figures of a fold's validation rows at the end of a round."""
 
@@ -202,7 +219,7 @@ class Watch:
     def __call__(self) -> Record:
         network, rows = self.step.network, self.rows
         found = answer(network, self.step.inputs, rows)
-        human = float(spearmanr(found.uncertainty, vote_entropy(self.votes[rows])).statistic)
+        human = _rank_correlation(found.uncertainty, vote_entropy(self.votes[rows]))
         label = self.votes[rows].argmax(1)
         figures = {
             "validation_loss": self._loss(found),
@@ -211,7 +228,7 @@ class Watch:
         }
         if self.config.keep == "crop":
             crops = answer(network, self.step.inputs, rows, crop=True)
-            figures["crop_spearman"] = float(spearmanr(crops.uncertainty, 1 - self.fractions[rows]).statistic)
+            figures["crop_spearman"] = _rank_correlation(crops.uncertainty, 1 - self.fractions[rows])
             figures["judged"] = -figures["crop_spearman"]
         elif self.config.keep == "human":
             figures["judged"] = -human

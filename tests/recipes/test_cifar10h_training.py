@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from posthoc.adapters.errors import PosthocError
 from posthoc.adapters.positives import draw_negatives
 from posthoc.adapters.training_loop import step_generator
 from posthoc.adapters.vmf import VonMisesFisher
 from posthoc.recipes.cifar10h import Cifar10HConfig
 from posthoc.recipes.cifar10h_data import FeatureInputs
 from posthoc.recipes.cifar10h_networks import PosteriorNetwork, cifar_backbone, trainable_copy
-from posthoc.recipes.cifar10h_training import Step, answer, make_loss
+from posthoc.recipes.cifar10h_training import Answer, Step, _rank_correlation, answer, check_distinct, make_loss
 from posthoc.recipes.networks import CifarResNet
 from posthoc.recipes.running import seeded
 
@@ -163,3 +164,33 @@ def test_the_start_is_at_the_principal_directions() -> None:
     projected = network.projection(features).detach()
     assert projected.mean(0).abs().max() < 1e-4
     assert float(projected.norm(dim=1).mean()) == pytest.approx(16.0, rel=1e-5)
+
+
+def test_a_kappa_at_its_bound_is_told() -> None:
+    """It ranks nothing: 0 while it trains, one clear error when the fold is done."""
+    direction = np.eye(4, dtype=np.float32)
+    found = Answer(direction, np.full(4, 1 / 4.5e4), np.full(4, 4.5e4))
+    with pytest.raises(PosthocError, match=r"fold 2: kappa, 4.5e\+04, is the same for all images.*--lr"):
+        check_distinct(found, 2)
+    check_distinct(Answer(direction, np.array([0.1, 0.1, 0.1, 0.11]), np.array([10.0, 10.0, 10.0, 9.0])), 2)
+    with pytest.raises(PosthocError, match="the entropy is the same"):
+        check_distinct(Answer(direction, np.zeros(4), logits=np.zeros((4, 10))), 0)
+    assert _rank_correlation(found.uncertainty, np.arange(4.0)) == 0.0
+    assert _rank_correlation(np.array([1.0, 2.0, 4.0, 8.0]), np.arange(4.0)) == pytest.approx(1.0)
+
+
+def test_untrained_backbones_features_are_normalised_image_by_image() -> None:
+    """Features that move as far as a training moves them leave kappa inside its bounds; standardised at the start they do not."""
+    generator = torch.Generator().manual_seed(0)
+    start = 1 + 0.02 * torch.randn(200, 32, generator=generator)
+    later = 1 + 0.5 * torch.randn(200, 32, generator=generator)
+    spread = {}
+    for untrained in (False, True):
+        with seeded(1):
+            network = PosteriorNetwork(nn.Identity(), 32, 4, kappa=8.0, untrained=untrained)
+        network.start(start)
+        kappa = network(later).concentration.detach()
+        at_bound = torch.isclose(kappa, torch.tensor(np.exp(network.high), dtype=torch.float32), rtol=1e-2)
+        spread[untrained] = float(at_bound.float().mean())
+    assert spread[False] > 0.5
+    assert spread[True] == 0.0
