@@ -107,7 +107,7 @@ class ImagesConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "steps", "every", "hidden", "dim", "width", "read_images")
+        check_counts(self, "steps", "every", "hidden", "dim", "width", "read_images", "train_images", "batch_size")
         check_positive(self, "lr", "lr_precision", "temperature")
         if self.encoder == "frozen" and (self.dataset != "cifar10" or self.views < 2):
             raise OptionError(

@@ -23,6 +23,7 @@ from ..adapters.errors import OptionError, PosthocError
 from ..adapters.features import Features
 from ..eval.datasets import default_data_dir
 from .cifar10h_data import (
+    LEAST_ROWS,
     SETS,
     STORED_CROP,
     CifarH,
@@ -51,8 +52,8 @@ from .cifar10h_networks import (
     trainable_copy,
 )
 from .cifar10h_report import Fold, Judged, judge
-from .cifar10h_training import ELK, SOFT, Step, Watch, answer, check_rows, make_loss, train_fold
-from .options import Preset, RecipeConfig, check_counts, check_paper_fit, check_positive
+from .cifar10h_training import ELK, SOFT, Step, Watch, answer, check_distinct, check_rows, make_loss, train_fold
+from .options import Preset, RecipeConfig, check_below_one, check_counts, check_least, check_paper_fit, check_positive
 from .running import Run, main, row_blocks, seeded_module
 
 NETWORK = 303  # place of the random numbers
@@ -153,7 +154,8 @@ class Cifar10HConfig(RecipeConfig):
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """which fifths are tested: one for a quick try, all for figures of every image; the paper's seed s is fold s"""
     resamples: int = 1000
-    """resamples of the bootstrap: with more of them the ends of intervals are steadier, and take longer"""
+    """resamples of the bootstrap: with more of them the ends of intervals are steadier, and take longer; a resumed run may
+    have others"""
     cache_dir: Path | None = None
     """where features are kept; default: the feature store's folder"""
 
@@ -165,13 +167,12 @@ class Cifar10HConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "samples", "steps", "every")
-        if self.dim < 2 or self.negatives < 0 or self.block < 2:
-            raise OptionError(
-                f"--dim {self.dim} --negatives {self.negatives} --block {self.block} was given; expected at least 2, 0 "
-                "and 2"
-            )
-        check_positive(self, "lr", "kappa", "concentration", "hib_scale")
+        check_counts(self, "samples", "steps", "every", "batch_size")
+        check_least(self, 0, "negatives", "head_steps", "weight_decay")
+        check_least(self, 2, "dim", "block", "resamples")
+        check_least(self, LEAST_ROWS, "rows")
+        check_positive(self, "lr", "head_lr", "kappa", "concentration", "hib_scale", "clip")
+        check_below_one(self, "warmup")
         if not self.folds or not set(self.folds) <= set(range(SETS)) or len(set(self.folds)) < len(self.folds):
             raise OptionError(
                 f"--folds {' '.join(map(str, self.folds))} was given; expected different numbers of 0 to 4"
@@ -264,6 +265,7 @@ def one_fold(given: Given, fold: int, train: np.ndarray, validation: np.ndarray,
             f"{first['human_spearman']:.3f} before: nothing was learned"
         )
     known, tested = answer(network, inputs, validation), answer(network, inputs, test)
+    check_distinct(tested, fold)
     crops = answer(network, inputs, test, crop=True)
     mirrored = None
     if isinstance(inputs, ImageInputs):
@@ -302,7 +304,13 @@ def _network(config: Cifar10HConfig, backbone: Backbone, inputs: Inputs, rows: n
 
     def make() -> nn.Module:
         network = PosteriorNetwork(
-            own, backbone.embedding_dim, config.dim, config.parametrization, config.kappa, config.centred
+            own,
+            backbone.embedding_dim,
+            config.dim,
+            config.parametrization,
+            config.kappa,
+            config.centred,
+            untrained=config.scratch,
         )
         sample = rows[:: max(1, len(rows) // 2000)]
         with torch.no_grad():

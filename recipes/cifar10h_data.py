@@ -26,6 +26,8 @@ from .classifier import shifted
 
 Labels = Literal["soft", "hard", "train-hard"]
 SETS = 5
+LEAST_ROWS = 20 * SETS
+"""Images that can be split into so many sets to train on."""
 CLASSES = 10
 FILES = ("cifar10h-probs.npy", "cifar10h-counts.npy")
 WHERE_VOTES = f"{' or '.join(FILES)}, which are in the folder data of github.com/jcpeterson/cifar-10h"
@@ -185,8 +187,8 @@ def five_sets(rows: int, seed: int) -> list[np.ndarray]:
 
     The paper's own sets are stored index lists that are not in this package: these are others.
     """
-    if rows < 20 * SETS:
-        raise DataError(f"{rows} images cannot be split into {SETS} sets to train on: at least {20 * SETS} are needed")
+    if rows < LEAST_ROWS:
+        raise DataError(f"{rows} images cannot be split into {SETS} sets to train on: at least {LEAST_ROWS} are needed")
     order = torch.randperm(rows, generator=step_generator(seed, SPLIT)).numpy()
     return [np.sort(part) for part in np.array_split(order, SETS)]
 

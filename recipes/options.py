@@ -9,7 +9,7 @@ win, and what stands beside them on the command line wins over all.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -44,19 +44,30 @@ class RecipeConfig:
 
 
 def check_counts(config: RecipeConfig, *names: str) -> None:
-    """Raises OptionError for an option of these that is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise OptionError(f"--{name.replace('_', '-')} {getattr(config, name)} was given; expected 1 or more")
+    """Raises OptionError for an option of these that is below 1. None, which says that it was not given, passes."""
+    check_least(config, 1, *names)
+
+
+def check_least(config: RecipeConfig, least: int, *names: str) -> None:
+    """Raises OptionError for an option of these that is below `least`, or not finite. None passes."""
+    _check(config, names, lambda value: least <= value < math.inf, f"{least} or more")
 
 
 def check_positive(config: RecipeConfig, *names: str) -> None:
-    """Raises OptionError for an option of these that is not above 0, and finite."""
+    """Raises OptionError for an option of these that is not above 0, and finite. None passes."""
+    _check(config, names, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def check_below_one(config: RecipeConfig, *names: str) -> None:
+    """Raises OptionError for an option of these that is not from 0 to below 1. None passes."""
+    _check(config, names, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def _check(config: RecipeConfig, names: Sequence[str], fits: Callable[[float], bool], expected: str) -> None:
     for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise OptionError(
-                f"--{name.replace('_', '-')} {getattr(config, name)} was given; expected a number above 0"
-            )
+        value = getattr(config, name)
+        if value is not None and not fits(value):
+            raise OptionError(f"--{name.replace('_', '-')} {value} was given; expected {expected}")
 
 
 def check_paper_fit(config: Any, dim: str) -> None:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..adapters.errors import DataError, OptionError
+from ..adapters.errors import DataError
 from ..adapters.training_loop import History, Plan, Record, run_plan
 from .augmentations import Augmentation
-from .options import RecipeConfig, check_counts, check_positive
+from .options import RecipeConfig, check_below_one, check_counts, check_least, check_positive
 from .pretraining_networks import SMALL, Norm, Stem
 from .running import Run, scheduled
 from .view_batches import Images, load_images
@@ -86,16 +86,10 @@ class PretrainingConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "epochs", "every", "hidden", "dim", "width", "batch_size")
+        check_counts(self, "epochs", "every", "hidden", "dim", "width", "batch_size", "train_images", "probe_images")
+        check_least(self, 0, "weight_decay", "throughput_steps")
         check_positive(self, "lr")
-        for name in ("train_images", "probe_images"):
-            if getattr(self, name) is not None:
-                check_counts(self, name)
-        for name in ("weight_decay", "throughput_steps"):
-            if not getattr(self, name) >= 0:
-                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected 0 or more")
-        if not 0 <= self.warmup < 1:
-            raise OptionError(f"--warmup {self.warmup} was given; expected a share of the steps, from 0 to below 1")
+        check_below_one(self, "warmup")
         augmentation(self)
 
 

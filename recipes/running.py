@@ -33,8 +33,8 @@ from ..eval.extras import require
 from ..eval.results import made_now
 from .options import C, Preset, RecipeConfig, parse
 
-NOT_OF_THE_RESULT = ("output", "resume", "tracker", "cache_dir", "data_dir")
-"""Options that a run may be continued with other values of."""
+NOT_OF_TRAINING = ("output", "resume", "tracker", "cache_dir", "data_dir", "resamples")
+"""Options that no training depends on: a run may be continued with other values of them."""
 
 
 class Run:
@@ -111,8 +111,8 @@ class Run:
 
 
 def kept(config: RecipeConfig) -> dict[str, Any]:
-    """The options that the result depends on."""
-    return plain({name: value for name, value in asdict(config).items() if name not in NOT_OF_THE_RESULT})
+    """The options that a training depends on."""
+    return plain({name: value for name, value in asdict(config).items() if name not in NOT_OF_TRAINING})
 
 
 def check_folder(name: str, config: RecipeConfig) -> str | None:

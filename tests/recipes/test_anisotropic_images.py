@@ -224,6 +224,7 @@ def test_what_cannot_work_is_said_before_it_is_tried(
     monkeypatch.chdir(folder)
     for wrong, said in (
         ({"steps": 0}, "--steps 0"),
+        ({"train_images": -3}, "--train-images -3 was given; expected 1 or more"),
         ({"temperature": 0.0}, r"--temperature 0\.0"),
         ({"encoder": "frozen", "dataset": "fashion-mnist"}, "expected cifar10"),
         ({"encoder": "frozen", "views": 1}, "two views or more"),

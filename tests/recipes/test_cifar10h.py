@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,19 @@ def test_a_run_killed_twice_resumes_to_the_bits_of_an_unbroken_one(folder: Path,
         assert again[name] == unbroken[name]
 
 
+def test_trained_folds_are_evaluated_again_with_other_resamples(folder: Path, unbroken: dict[str, Any]) -> None:
+    shutil.copytree(folder / "unbroken", folder / "again")
+    (folder / "again" / "results.json").unlink()
+    trained = folder / "again" / "fold1" / "checkpoint.pt"
+    before = trained.stat().st_mtime_ns
+    again = results("cifar10h", words(folder, "again", *TWO_FOLDS, "--resamples", "50", "--resume"), folder)
+    assert trained.stat().st_mtime_ns == before
+    name = "human_spearman"
+    one, other = (found["tables"][0]["scores"]["1/kappa"][name] for found in (unbroken, again))
+    assert one["value"] == other["value"]
+    assert (one["low"], one["high"]) != (other["low"], other["high"])
+
+
 def test_two_processes_agree_with_one(folder: Path, unbroken: dict[str, Any]) -> None:
     results_of_two("cifar10h", words(folder, "two", *TWO_FOLDS, "--folds", "0"), folder)
     for name in ("fold0-head", "fold0"):
@@ -111,6 +125,14 @@ def test_variants_run(folder: Path, more: list[str], trainings: set[str], scores
     ("more", "message"),
     [
         (["--folds", "5"], "different numbers of 0 to 4"),
+        (["--head-lr", "-1"], "--head-lr -1.0 was given; expected a number above 0"),
+        (["--clip", "-1"], "--clip -1.0 was given; expected a number above 0"),
+        (["--warmup", "3"], "--warmup 3.0 was given; expected a number from 0 to below 1"),
+        (["--weight-decay", "-1"], "--weight-decay -1.0 was given; expected 0 or more"),
+        (["--head-steps", "-1"], "--head-steps -1 was given; expected 0 or more"),
+        (["--resamples", "1"], "--resamples 1 was given; expected 2 or more"),
+        (["--rows", "-20"], "--rows -20 was given; expected 100 or more"),
+        (["--batch-size", "-64"], "--batch-size -64 was given; expected 1 or more"),
         (["--batch-size", "40", "--block", "16"], "multiple of --block 16"),
         (["--backbone", "resnet56"], "cifar10_resnet56.safetensors is not there"),
         (["--backbone", "resnet18"], "--checkpoint FILE"),

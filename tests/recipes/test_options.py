@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
 from posthoc.adapters.errors import OptionError
-from posthoc.recipes.options import RecipeConfig, parse
+from posthoc.recipes.options import RecipeConfig, check_below_one, check_counts, check_least, check_positive, parse
 
 
 @dataclass(kw_only=True)
@@ -18,6 +20,8 @@ class Config(RecipeConfig):
     """how many"""
     names: tuple[str, ...] = ()
     """some"""
+    first_share: float | None = None
+    """a number"""
 
 
 PRESETS = {"default": {"steps": 5}, "long": {"steps": 50}, "named": {"names": ("a",)}, "paper": {}}
@@ -51,6 +55,26 @@ def test_a_seed_is_a_whole_number_of_31_bits() -> None:
     for seed in ("-1", str(2**31)):
         with pytest.raises(OptionError, match=f"--seed {seed} was given"):
             parsed("--seed", seed)
+
+
+@pytest.mark.parametrize(
+    ("check", "taken", "refused", "expected"),
+    [
+        (check_counts, (1, 5), (0, -3, math.inf, math.nan), "1 or more"),
+        (lambda config, name: check_least(config, 0, name), (0, 0.5), (-0.1, math.inf, math.nan), "0 or more"),
+        (check_positive, (0.1, 7), (0, -1, math.inf, math.nan), "a number above 0"),
+        (check_below_one, (0, 0.99), (-0.1, 1, math.nan), "a number from 0 to below 1"),
+    ],
+    ids=["counts", "least", "positive", "below one"],
+)
+def test_numbers_out_of_range_are_refused(
+    check: Callable[[Config, str], None], taken: tuple[float, ...], refused: tuple[float, ...], expected: str
+) -> None:
+    for value in (None, *taken):
+        check(Config(first_share=value), "first_share")
+    for value in refused:
+        with pytest.raises(OptionError, match=f"--first-share {value} was given; expected {expected}$"):
+            check(Config(first_share=value), "first_share")
 
 
 def test_help_teaches_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
