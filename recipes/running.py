@@ -215,7 +215,8 @@ def main(
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        _fail(f"out of memory ({str(error).splitlines()[0][:200]}): give a smaller {knobs}", new)
+        said = (str(error) or "no message").splitlines()[0][:200]  # a MemoryError may come without a word
+        _fail(f"out of memory ({said}): give a smaller {knobs}", new)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -173,10 +174,20 @@ def test_records_of_trainings_count_on_in_trackers(tmp_path: Path, monkeypatch: 
     assert sent == [({"head/loss": 1.0}, 10), ({"whole/loss": 0.5}, 12)]
 
 
-def test_running_out_of_memory_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
-    def run(config: Config) -> None:
-        torch.empty(1 << 60, dtype=torch.uint8)
+def _too_much() -> None:
+    torch.empty(1 << 60, dtype=torch.uint8)
 
+
+def _without_a_word() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(("work", "said"), [(_too_much, "DefaultCPUAllocator"), (_without_a_word, "(no message)")])
+def test_running_out_of_memory_names_the_options(
+    work: Callable[[], None], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        running.main("some", Config, PRESETS, run, None, "--batch-size", [])
-    assert "give a smaller --batch-size" in capsys.readouterr().err
+        running.main("some", Config, PRESETS, lambda config: work(), None, "--batch-size", [])
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "give a smaller --batch-size" in shown
