@@ -183,9 +183,10 @@ class Cifar10HConfig(RecipeConfig):
             log_kappa_range(self.dim, self.kappa)
         check_paper_fit(self, "dim")
         if self.pairs == "all" and self.loss != SOFT and (self.loss != ELK or self.reference or self.phases):
+            own = "" if self.loss == ELK else f"--preset {self.loss}, which draws them and has the loss's numbers, or "
             raise OptionError(
                 f"--pairs all --loss {self.loss} --reference {self.reference} --phases {self.phases} was given; all pairs at "
-                "once are elk's, without the paper's switches: give --pairs drawn"
+                f"once are elk's, without the paper's switches: give {own}--pairs drawn"
             )
         if not 0 <= self.crops <= 1:
             raise OptionError(f"--crops {self.crops} was given; expected a share from 0 to 1")
@@ -203,6 +204,7 @@ def run(config: Cifar10HConfig) -> None:
         run.launch.on_main(lambda: fetch_cifar10(data_dir))
     data = load_cifar10h(data_dir, config.labels, config.images, config.rows)
     backbone = cifar_backbone(config.backbone, config.checkpoint, data_dir, config.scratch, config.seed)
+    check_width(config, backbone.embedding_dim)
     run.stands_on(data.images, data.votes, backbone.fingerprint("logits"))
     sets = five_sets(len(data.images), config.seed)
     if config.train_on != "train-hard":
@@ -219,6 +221,15 @@ def run(config: Cifar10HConfig) -> None:
     folds = [one_fold(given, fold, *fold_rows(sets, fold)) for fold in config.folds]
     judged = Judged(data, fractions, folds, free, "fine-tuned entropy" if config.loss == SOFT else "1/kappa")
     run.finish(judge(judged, run.folder, run.launch, config.resamples, config.seed))
+
+
+def check_width(config: Cifar10HConfig, features: int) -> None:
+    """Raises OptionError where the projection is to begin at more principal directions than the features have."""
+    if config.loss != SOFT and config.centred and config.dim > features:
+        raise OptionError(
+            f"--dim {config.dim} was given, and {config.backbone} has {features} features, at whose principal directions the "
+            f"projection begins: give --dim {features} or less, or --no-centred"
+        )
 
 
 @dataclass(frozen=True)

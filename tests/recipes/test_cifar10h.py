@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from posthoc.recipes.cifar10h import PRESETS, Cifar10HConfig, command
+from posthoc.recipes.cifar10h import PRESETS, Cifar10HConfig, check_width, command
 from posthoc.recipes.cifar10h_training import make_loss
 from posthoc.recipes.networks import CifarResNet
 from posthoc.recipes.running import seeded
@@ -141,7 +141,11 @@ def test_variants_run(folder: Path, more: list[str], trainings: set[str], scores
         (["--labels", "none.npy"], "cannot read votes"),
         (["--variant", "posthoc", "--scratch"], "neither --scratch"),
         (["--kappa", "1e9"], "expected"),
-        (["--loss", "hib"], "give --pairs drawn"),
+        (["--loss", "hib"], "give --preset hib, which draws them and has the loss's numbers, or --pairs drawn"),
+        (["--loss", "mcinfonce"], "give --preset mcinfonce, "),
+        (["--phases", "1"], "paper's switches: give --pairs drawn"),
+        (["--preset", "posthoc", "--dim", "100", "--kappa", "40"], "resnet20 has 64 features, at whose principal"),
+        (["--dim", "65", "--parametrization", "norm"], "give --dim 64 or less, or --no-centred"),
         (["--pairs", "drawn", "--reference", "--dim", "12"], "fitted for 4, 8, 10, 16, 32, 64 dimensions"),
     ],
 )
@@ -154,6 +158,12 @@ def test_bad_options_end_in_one_line(
     shown = capsys.readouterr().err.strip().splitlines()[-1]
     assert shown.startswith("posthoc: ")
     assert message in shown
+
+
+def test_more_dimensions_than_features_need_no_principal_directions(folder: Path, tmp_path: Path) -> None:
+    line = words(folder, "wide", "--preset", "posthoc", "--no-centred", "--dim", "65", "--steps", "2", "--kappa", "20")
+    assert results("cifar10h", line, tmp_path)["folds"][0]["best"]["step"] == 2
+    check_width(Cifar10HConfig(loss="soft-cross-entropy", dim=65), 64)  # has no projection
 
 
 def test_the_papers_scripts_are_the_presets() -> None:
