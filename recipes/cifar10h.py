@@ -31,15 +31,14 @@ from .cifar10h_data import (
     ImageInputs,
     Inputs,
     Labels,
-    as_pixels,
     crop_fractions,
     cropped,
     fetch_cifar10,
     five_sets,
     fold_rows,
     load_cifar10h,
+    load_training,
     one_hot,
-    open_images,
 )
 from .cifar10h_networks import (
     Parametrization,
@@ -205,7 +204,8 @@ def run(config: Cifar10HConfig) -> None:
     data = load_cifar10h(data_dir, config.labels, config.images, config.rows)
     backbone = cifar_backbone(config.backbone, config.checkpoint, data_dir, config.scratch, config.seed)
     check_width(config, backbone.embedding_dim)
-    run.stands_on(data.images, data.votes, backbone.fingerprint("logits"))
+    more = load_training(data_dir, config.images) if config.train_on == "train-hard" else ()
+    run.stands_on(data.images, data.votes, backbone.fingerprint("logits"), *more)
     sets = five_sets(len(data.images), config.seed)
     if config.train_on != "train-hard":
         check_rows(min(len(fold_rows(sets, fold)[0]) for fold in config.folds), config)
@@ -215,7 +215,7 @@ def run(config: Cifar10HConfig) -> None:
     free = None
     if not config.scratch:
         free = tuple(_extract(config, backbone, one) for one in (data.images, crops, data.images[:, :, ::-1]))
-    inputs, labels, training = _inputs(config, backbone, data, crops, data_dir)
+    inputs, labels, training = _inputs(config, backbone, data, crops, more)
     features = _feature_inputs(config, backbone, data, crops) if config.trains_head_first else None
     given = Given(run, config, data, backbone, fractions, inputs, features, labels, training)
     folds = [one_fold(given, fold, *fold_rows(sets, fold)) for fold in config.folds]
@@ -285,20 +285,22 @@ def one_fold(given: Given, fold: int, train: np.ndarray, validation: np.ndarray,
 
 
 def _inputs(
-    config: Cifar10HConfig, backbone: Backbone, data: CifarH, crops: np.ndarray, data_dir: Path
+    config: Cifar10HConfig, backbone: Backbone, data: CifarH, crops: np.ndarray, more: tuple[np.ndarray, ...]
 ) -> tuple[Inputs, np.ndarray, np.ndarray | None]:
-    """What networks are given, labels [N, C], and the rows to train on where they are not test images (else None)."""
+    """What networks are given, labels [N, C], and the rows to train on where they are not test images (else None).
+
+    more: training images and their classes, where they are trained on.
+    """
     images, classes = data.images, data.votes.shape[1]
     labels = data.votes if config.train_on == "soft" else one_hot(data.label, classes)
     if config.variant == "posthoc":
         return _feature_inputs(config, backbone, data, crops), labels, None
     training = None
-    if config.train_on == "train-hard":
-        source = open_images(data_dir, config.images, "train")
-        more = as_pixels(source)
-        training = len(images) + np.arange(len(more))
-        images = np.concatenate([images, more])
-        labels = np.concatenate([labels, one_hot(source.column("label"), classes)])
+    if more:
+        pixels, label = more
+        training = len(images) + np.arange(len(pixels))
+        images = np.concatenate([images, pixels])
+        labels = np.concatenate([labels, one_hot(label, classes)])
     return ImageInputs(images, crops, *statistics(config.backbone)), labels, training
 
 

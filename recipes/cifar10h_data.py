@@ -76,6 +76,18 @@ def load_cifar10h(
     return CifarH(pixels[:rows], votes[:rows])
 
 
+def load_training(data_dir: Path, images: str = "cifar10") -> tuple[np.ndarray, np.ndarray]:
+    """The training images uint8 [M,32,32,3] and their classes int [M]. Raises DataError: not there, or without classes."""
+    source = open_images(data_dir, images, "train")
+    label = class_labels(source)
+    if label is None:
+        raise DataError(
+            f"{source.name} has no classes of its training images in a column {' or '.join(LABEL_COLUMNS)}: give --train-on "
+            "soft or hard, or other --images"
+        )
+    return as_pixels(source), label
+
+
 def fetch_cifar10(folder: Path) -> None:
     """Let torchvision fetch CIFAR-10 into the folder, if it is not there. Raises DataError."""
     import torchvision

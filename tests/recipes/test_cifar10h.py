@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from posthoc.recipes import cifar10h
 from posthoc.recipes.cifar10h import PRESETS, Cifar10HConfig, check_width, command
 from posthoc.recipes.cifar10h_training import make_loss
 from posthoc.recipes.networks import CifarResNet
@@ -90,6 +91,28 @@ def test_trained_folds_are_evaluated_again_with_other_resamples(folder: Path, un
     one, other = (found["tables"][0]["scores"]["1/kappa"][name] for found in (unbroken, again))
     assert one["value"] == other["value"]
     assert (one["low"], one["high"]) != (other["low"], other["high"])
+
+
+def test_a_run_is_not_continued_with_other_training_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cifar10h, "one_fold", killed)
+    line = [*words(folder, str(tmp_path / "run")), "--scratch", "--train-on", "train-hard"]
+    for more in ([], ["--resume"]):
+        with pytest.raises(KeyboardInterrupt):
+            command([*line, *more])
+    arrays = dict(np.load(folder / "cifar10.npz"))
+    for name in ("x_train", "y_train"):
+        other = tmp_path / name
+        other.mkdir()
+        np.savez(other / "cifar10.npz", **{**arrays, name: np.roll(arrays[name], 1, 0)})
+        shutil.copy(folder / "cifar10h-probs.npy", other)
+        with pytest.raises(SystemExit):
+            command([*line, "--data-dir", str(other), "--resume"])
+        assert "made from other data or weights" in capsys.readouterr().err
 
 
 def test_two_processes_agree_with_one(folder: Path, unbroken: dict[str, Any]) -> None:
