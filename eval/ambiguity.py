@@ -7,6 +7,7 @@ Human ambiguity is the entropy of annotators' votes; synthetic ambiguity is a ce
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,17 +50,53 @@ def vote_entropy(votes: Array) -> np.ndarray:
     return entr(table / total).sum(1)
 
 
-def read_votes(path: Path, rows: int) -> np.ndarray:
-    """Votes [N, C] from a .npy file, for the `rows` images of a data set. Raises DataError where they do not fit."""
+def read_votes(path: Path, rows: int, classes: int | None = None) -> np.ndarray:
+    """Shares of the votes float64 [N, C] from a .npy file of shares or of counts, for the `rows` images of a data set.
+
+    `classes`: C, where it is known.
+
+    Raises DataError: no such file, no array of numbers, another shape, negative or non-finite numbers (naming the first),
+    rows that neither sum to 1 nor are whole numbers.
+    """
+    table = _vote_table(path, rows, classes).astype(np.float64)
+    bad = np.argwhere(~((table >= 0) & (table < np.inf)))
+    if len(bad):
+        row, column = bad[0]
+        raise DataError(
+            f"{path}: row {row} has {table[row, column]:g} in column {column}, the first of {len(bad)} such numbers; expected "
+            "counts or shares of votes, finite and not negative"
+        )
+    total = table.sum(1)
+    counts = (table == np.round(table)).all() and (total > 0).all()
+    off = np.flatnonzero(np.abs(total - 1) > 1e-3)
+    if len(off) and not counts:
+        raise DataError(
+            f"{path}: {len(off)} rows do not sum to 1 (first: row {off[0]}, {total[off[0]]:g}); expected each image's "
+            "shares of the votes, or whole numbers of votes, at least one for each image"
+        )
+    return table / total[:, None]
+
+
+def _vote_table(path: Path, rows: int, classes: int | None) -> np.ndarray:
+    """The file's numbers [rows, C]."""
+    expected = f"expected a .npy array of votes [{rows}, {classes or 'C'}], a row for each image"
     try:
         votes = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read votes from {path}: {error}") from error
-    if isinstance(votes, np.lib.npyio.NpzFile):
+    except FileNotFoundError as error:
+        raise DataError(f"cannot read votes: there is no file {path}; {expected}") from error
+    except OSError as error:
+        raise DataError(f"cannot read votes from {path}: {error}; {expected}") from error
+    # numpy's own message advises to unpickle what a stranger may have written
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"cannot read votes from {path}: it is no .npy file of plain numbers; {expected}") from error
+    if not isinstance(votes, np.ndarray):
         votes.close()
-    if not isinstance(votes, np.ndarray) or votes.ndim != 2 or len(votes) != rows:
-        found = list(votes.shape) if isinstance(votes, np.ndarray) else "an archive"
-        raise DataError(f"{path} holds {found}; expected an array [{rows}, C]: one row of votes for each image")
+        raise DataError(f"{path} is an archive of arrays; {expected}")
+    if votes.ndim != 2 or votes.dtype.kind not in "iuf":
+        raise DataError(f"{path} holds {votes.dtype} {list(votes.shape)}; {expected}")
+    for what, found, wanted in (("rows", votes.shape[0], rows), ("columns", votes.shape[1], classes)):
+        if wanted is not None and found != wanted:
+            raise DataError(f"{path} has {found} {what}, expected {wanted}: {expected}")
     return votes
 
 

@@ -21,6 +21,7 @@ from ..adapters.perturbations import center_crop
 from ..adapters.source_base import LABEL_COLUMNS, Source
 from ..adapters.source_loader import load_image
 from ..adapters.training_loop import step_generator
+from ..eval.ambiguity import read_votes
 from ..eval.datasets import default_data_dir, open_named
 from .classifier import shifted
 
@@ -66,10 +67,10 @@ def load_cifar10h(
     Raises DataError: nothing there (saying what goes where), a file that does not fit, votes in another order than images.
     """
     folder = Path(data_dir or default_data_dir()).expanduser()
-    path = labels or _find_votes(folder)
+    path = _find_votes(folder, labels)
     source = open_images(folder, images, "test")
     pixels = as_pixels(source)
-    votes = read_vote_shares(path, len(pixels))
+    votes = read_votes(path, len(pixels), CLASSES).astype(np.float32)
     label = class_labels(source)
     if label is not None:
         _check_order(path, votes, label)
@@ -137,7 +138,11 @@ def _check_order(path: Path, votes: np.ndarray, label: np.ndarray) -> None:
         )
 
 
-def _find_votes(folder: Path) -> Path:
+def _find_votes(folder: Path, labels: Path | None) -> Path:
+    if labels is not None:
+        if not labels.is_file():
+            raise DataError(f"--labels {labels} was given, and there is no such file; expected {WHERE_VOTES}")
+        return labels
     for name in FILES:
         if (folder / name).is_file():
             return folder / name
@@ -145,53 +150,6 @@ def _find_votes(folder: Path) -> Path:
         f"the votes of CIFAR-10H are not in {folder}: expected {WHERE_VOTES}. Lay one there, name the file with --labels, or "
         "another folder with --data-dir"
     )
-
-
-def read_vote_shares(path: Path, rows: int) -> np.ndarray:
-    """Shares of the votes float32 [N, 10] from a .npy file of shares or of counts, for `rows` images.
-
-    Raises DataError: no such file (saying where to get it), no array of numbers, another shape, negative or non-finite
-    numbers (naming the first), rows that neither sum to 1 nor are whole numbers.
-    """
-    table = _vote_table(path, rows).astype(np.float64)
-    bad = np.argwhere(~((table >= 0) & (table < np.inf)))
-    if len(bad):
-        row, column = bad[0]
-        raise DataError(
-            f"{path}: row {row} has {table[row, column]:g} in column {column}, the first of {len(bad)} such numbers; expected "
-            "counts or shares of votes, finite and not negative"
-        )
-    total = table.sum(1)
-    counts = (table == np.round(table)).all() and (total > 0).all()
-    off = np.flatnonzero(np.abs(total - 1) > 1e-3)
-    if len(off) and not counts:
-        raise DataError(
-            f"{path}: {len(off)} rows do not sum to 1 (first: row {off[0]}, {total[off[0]]:g}); expected each image's "
-            "shares of the votes, or whole numbers of votes, at least one for each image"
-        )
-    return (table / total[:, None]).astype(np.float32)
-
-
-def _vote_table(path: Path, rows: int) -> np.ndarray:
-    """The file's numbers [rows, 10]."""
-    expected = f"expected a .npy array of votes [{rows}, {CLASSES}], a row for each image"
-    try:
-        votes = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise DataError(f"cannot read votes: there is no file {path}. Expected {WHERE_VOTES}") from error
-    except OSError as error:
-        raise DataError(f"cannot read votes from {path}: {error}; {expected}") from error
-    except (ValueError, EOFError) as error:  # numpy's own message advises to unpickle what a stranger may have written
-        raise DataError(f"cannot read votes from {path}: it is no .npy file of plain numbers; {expected}") from error
-    if not isinstance(votes, np.ndarray):
-        votes.close()
-        raise DataError(f"{path} is an archive of arrays; {expected}")
-    if votes.ndim != 2 or votes.dtype.kind not in "iuf":
-        raise DataError(f"{path} holds {votes.dtype} {list(votes.shape)}; {expected}")
-    for axis, (what, count) in enumerate((("rows", rows), ("columns", CLASSES))):
-        if votes.shape[axis] != count:
-            raise DataError(f"{path} has {votes.shape[axis]} {what}, expected {count}: {expected}")
-    return votes
 
 
 def five_sets(rows: int, seed: int) -> list[np.ndarray]:

@@ -18,6 +18,7 @@ from torchvision import transforms
 import posthoc
 from posthoc import PosthocError
 from posthoc.adapters.backbone import build_backbone
+from posthoc.adapters.errors import DataError
 from posthoc.adapters.perturbations import center_crop
 from posthoc.cli import main
 from posthoc.eval.ambiguity import ambiguity_table, crop_scores, read_votes, vote_entropy
@@ -105,19 +106,67 @@ def test_tables_without_anything_to_compare_with_are_refused():
         ambiguity_table({"u": u}, votes=np.arange(10).reshape(5, 2))
 
 
-def test_votes_files_must_fit(tmp_path):
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
+def test_votes_are_shares_or_counts(tmp_path, kind):
+    counts = np.random.default_rng(0).integers(0, 30, (50, 10)) + np.eye(10, dtype=int)[0]
+    table = counts if kind is np.int64 else counts / counts.sum(1, keepdims=True)
+    np.save(tmp_path / "votes.npy", table.astype(kind))
+    for classes in (None, 10):
+        read = read_votes(tmp_path / "votes.npy", 50, classes)
+        assert read.dtype == np.float64
+        np.testing.assert_allclose(read, counts / counts.sum(1, keepdims=True), rtol=1e-6)
+
+
+def _spoilt(number):
+    """Votes of 50 images, of which row 31 and a later one have a number that is none of votes."""
+    votes = np.full((50, 10), 0.1)
+    votes[[31, 40], [4, 2]] = number
+    return votes
+
+
+@pytest.mark.parametrize(
+    ("votes", "message"),
+    [
+        (np.ones((49, 10)) / 10, r"49 rows, expected 50: expected a .npy array of votes \[50, 10\]"),
+        (np.ones((50, 3)) / 3, r"3 columns, expected 10"),
+        (np.ones(50), r"holds float64 \[50\]; expected a .npy array of votes \[50, 10\]"),
+        (np.full((50, 10), "many"), r"holds <U4 \[50, 10\]"),
+        (np.full((50, 10), None), r"no .npy file of plain numbers; expected a .npy array of votes \[50, 10\]"),
+        (np.full((50, 10), 0.11), r"50 rows do not sum to 1 \(first: row 0, 1.1\)"),
+        (np.zeros((50, 10), int), "at least one for each image"),
+        (_spoilt(-0.1), r"row 31 has -0.1 in column 4, the first of 2 such numbers; .*not negative"),
+        (_spoilt(np.nan), r"row 31 has nan in column 4.*finite"),
+        (_spoilt(np.inf), r"row 31 has inf in column 4.*finite"),
+    ],
+)
+def test_a_wrong_file_of_votes_is_refused(tmp_path, votes, message):
+    np.save(tmp_path / "votes.npy", votes)
+    with pytest.raises(DataError, match=message) as refused:
+        read_votes(tmp_path / "votes.npy", 50, 10)
+    assert "allow_pickle" not in str(refused.value)
+
+
+def test_without_their_number_any_classes_are_read(tmp_path):
     np.save(tmp_path / "votes.npy", np.ones((4, 3)))
-    np.savez(tmp_path / "votes.npz", votes=np.ones((4, 3)))
-    (tmp_path / "words.npy").write_text("no array")
-    assert read_votes(tmp_path / "votes.npy", 4).shape == (4, 3)
-    for name, rows, message in (
-        ("votes.npy", 5, r"holds \[4, 3\]; expected an array \[5, C\]"),
-        ("votes.npz", 4, "holds an archive"),
-        ("words.npy", 4, "cannot read votes"),
-        ("nowhere.npy", 4, "cannot read votes"),
-    ):
-        with pytest.raises(PosthocError, match=message):
-            read_votes(tmp_path / name, rows)
+    np.testing.assert_array_equal(read_votes(tmp_path / "votes.npy", 4), np.full((4, 3), 1 / 3))
+    with pytest.raises(DataError, match=r"4 rows, expected 5: expected a .npy array of votes \[5, C\]"):
+        read_votes(tmp_path / "votes.npy", 5)
+
+
+def test_what_is_no_file_of_votes_is_refused(tmp_path):
+    path = tmp_path / "votes.npy"
+    with pytest.raises(DataError, match=r"there is no file .*votes.npy; expected a .npy array of votes \[50, C\]"):
+        read_votes(path, 50)
+    for content in (b"0.1, 0.9", b"", b"PK\x03\x04 torn"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"no .npy file of plain numbers") as refused:
+            read_votes(path, 50)
+        assert "allow_pickle" not in str(refused.value)
+    np.savez(tmp_path / "votes.npz", votes=np.eye(10))
+    with pytest.raises(DataError, match="an archive of arrays"):
+        read_votes(tmp_path / "votes.npz", 10)
+    with pytest.raises(DataError, match="cannot read votes from"):
+        read_votes(tmp_path, 10)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +224,7 @@ def test_the_command_on_a_score_file_and_on_some_rows_of_images(tmp_path, capsys
     assert set(found) == {"human_spearman", "crop_spearman", "crop_less_certain"}
     for arguments, message in (
         (["--data", str(tmp_path / "scores.npz"), "--rows", "3"], "--rows chooses among images"),
-        ([*photos, "--votes", str(tmp_path / "scores.npz")], "holds an archive"),
+        ([*photos, "--votes", str(tmp_path / "scores.npz")], "is an archive of arrays"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main([*command, *arguments])

@@ -161,7 +161,7 @@ def test_variants_run(folder: Path, more: list[str], trainings: set[str], scores
         (["--backbone", "resnet18"], "--checkpoint FILE"),
         (["--backbone", "resnet19"], "'resnet18'"),
         (["--batch-size", "512", "--block", "512"], "fewer than a batch"),
-        (["--labels", "none.npy"], "cannot read votes"),
+        (["--labels", "none.npy"], "--labels none.npy was given, and there is no such file"),
         (["--variant", "posthoc", "--scratch"], "neither --scratch"),
         (["--kappa", "1e9"], "expected"),
         (["--loss", "hib"], "give --preset hib, which draws them and has the loss's numbers, or --pairs drawn"),

@@ -16,59 +16,7 @@ from posthoc.adapters.errors import DataError, OptionError, PosthocError
 from posthoc.adapters.perturbations import center_crop
 from posthoc.adapters.positives import RowNumbers, SoftLabelPairs, draw_negatives
 from posthoc.adapters.training_loop import step_generator
-from posthoc.recipes.cifar10h_data import ImageInputs, five_sets, fold_rows, load_cifar10h, read_vote_shares
-
-
-@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
-def test_votes_are_shares_or_counts(tmp_path: Path, kind: type) -> None:
-    counts = np.random.default_rng(0).integers(0, 30, (50, 10)) + np.eye(10, dtype=int)[0]
-    table = counts if kind is np.int64 else counts / counts.sum(1, keepdims=True)
-    np.save(tmp_path / "votes.npy", table.astype(kind))
-    read = read_vote_shares(tmp_path / "votes.npy", 50)
-    np.testing.assert_allclose(read, counts / counts.sum(1, keepdims=True), rtol=1e-6)
-
-
-def _spoilt(number: float) -> np.ndarray:
-    """Votes of 50 images, of which row 31 and a later one have a number that is none of votes."""
-    votes = np.full((50, 10), 0.1)
-    votes[[31, 40], [4, 2]] = number
-    return votes
-
-
-@pytest.mark.parametrize(
-    ("votes", "message"),
-    [
-        (np.ones((49, 10)) / 10, r"49 rows, expected 50"),
-        (np.ones((50, 3)) / 3, r"3 columns, expected 10"),
-        (np.ones(50), r"holds float64 \[50\]; expected a .npy array of votes \[50, 10\]"),
-        (np.full((50, 10), "many"), r"holds <U4 \[50, 10\]"),
-        (np.full((50, 10), None), r"no .npy file of plain numbers; expected a .npy array of votes \[50, 10\]"),
-        (np.full((50, 10), 0.11), r"50 rows do not sum to 1 \(first: row 0, 1.1\)"),
-        (np.zeros((50, 10), int), "at least one for each image"),
-        (_spoilt(-0.1), r"row 31 has -0.1 in column 4, the first of 2 such numbers; .*not negative"),
-        (_spoilt(np.nan), r"row 31 has nan in column 4.*finite"),
-        (_spoilt(np.inf), r"row 31 has inf in column 4.*finite"),
-    ],
-)
-def test_a_wrong_file_of_votes_is_refused(tmp_path: Path, votes: np.ndarray, message: str) -> None:
-    np.save(tmp_path / "votes.npy", votes)
-    with pytest.raises(DataError, match=message) as refused:
-        read_vote_shares(tmp_path / "votes.npy", 50)
-    assert "allow_pickle" not in str(refused.value)
-
-
-def test_what_is_no_file_of_votes_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "votes.npy"
-    with pytest.raises(DataError, match=r"no file .*votes.npy.*cifar10h-probs.npy.*github.com/jcpeterson/cifar-10h"):
-        read_vote_shares(path, 50)
-    for content in ("0.1, 0.9", ""):
-        path.write_text(content)
-        with pytest.raises(DataError, match=r"no .npy file of plain numbers") as refused:
-            read_vote_shares(path, 50)
-        assert "allow_pickle" not in str(refused.value)
-    np.savez(tmp_path / "votes.npz", votes=np.eye(10))
-    with pytest.raises(DataError, match="an archive of arrays"):
-        read_vote_shares(tmp_path / "votes.npz", 10)
+from posthoc.recipes.cifar10h_data import ImageInputs, five_sets, fold_rows, load_cifar10h
 
 
 @pytest.fixture(params=["folder", "data set"])
@@ -99,6 +47,10 @@ def test_votes_in_another_order_than_images_are_refused(lettered: tuple[str, np.
         np.save(tmp_path / f"{name}.npy", table)
     found = load_cifar10h(tmp_path, tmp_path / "right.npy", images, rows=150)
     np.testing.assert_allclose(found.votes, votes[:150], rtol=1e-6)
+    assert found.votes.dtype == np.float32
+    np.save(tmp_path / "few.npy", votes[:, :9])
+    with pytest.raises(DataError, match=r"few\.npy has 9 columns, expected 10"):
+        load_cifar10h(tmp_path, tmp_path / "few.npy", images)
     for name, table in wrong.items():
         agree = (table.argmax(1) == votes.argmax(1)).mean()
         expected = rf"{name}.npy: .* for {agree:.1%} of the images; at least 90% are expected: the order of the rows"
@@ -109,6 +61,8 @@ def test_votes_in_another_order_than_images_are_refused(lettered: tuple[str, np.
 def test_missing_data_says_what_goes_where(tmp_path: Path) -> None:
     with pytest.raises(PosthocError, match=r"cifar10h-probs.npy or cifar10h-counts.npy.*cifar-10h.*--labels"):
         load_cifar10h(tmp_path)
+    with pytest.raises(PosthocError, match=r"--labels .*none.npy was given, and there is no such file.*cifar-10h"):
+        load_cifar10h(tmp_path, tmp_path / "none.npy")
     np.save(tmp_path / "cifar10h-counts.npy", np.ones((5, 10), int))
     with pytest.raises(PosthocError, match=r"cifar10 are not in .*torchvision.datasets.CIFAR10"):
         load_cifar10h(tmp_path)
