@@ -9,6 +9,7 @@ win, and what stands beside them on the command line wins over all.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,19 @@ def parse(name: str, config: type[C], presets: Mapping[str, Preset], about: str 
     sizes = " or ".join(SIZES)
     text = f"{about or ''}\n\n--preset NAME [NAME ...] sets several options at once: {sizes}, and variants of it. Without a size"
     text += f"\nit is {SIZES[0]}.\n{shown}"
-    return tyro.cli(config, prog=f"posthoc.recipes.{name}", description=text, default=config(**options), args=rest)
+    return tyro.cli(
+        config,
+        prog=f"posthoc.recipes.{name}",
+        description=text,
+        default=config(**options),
+        args=rest,
+        console_outputs=process_number() == 0,  # every process of a launch would say the same
+    )
+
+
+def process_number() -> int:
+    """This process's number in its launch, before accelerate is up; 0 without a launch."""
+    return int(os.environ.get("RANK") or 0)
 
 
 def presets_named(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

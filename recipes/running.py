@@ -31,10 +31,12 @@ from ..adapters.training import warmup_cosine
 from ..adapters.training_loop import Record, step_generator
 from ..eval.extras import require
 from ..eval.results import made_now
-from .options import C, Preset, RecipeConfig, parse
+from .options import C, Preset, RecipeConfig, parse, process_number
 
 NOT_OF_TRAINING = ("output", "resume", "tracker", "cache_dir", "data_dir", "resamples")
 """Options that no training depends on: a run may be continued with other values of them."""
+OWN_ERROR_AFTER = 30.0
+"""Seconds after which a process other than the first tells why it failed."""
 
 
 class Run:
@@ -207,7 +209,8 @@ def main(
         new = None if (options.output / "config.json").exists() else options.output
         if options.resume and (options.output / "results.json").is_file():
             check_folder(name, options)
-            print(f"the run in {options.output} is finished: remove its results.json to evaluate it again")
+            if process_number() == 0:
+                print(f"the run in {options.output} is finished: remove its results.json to evaluate it again")
             return
         run(options)
     except PosthocError as error:
@@ -225,7 +228,15 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, new: Path | None) -> None:
-    """Say why, and end; a new run's folder in which nothing was computed is free for the command that is put right."""
+    """Say why, and end; a new run's folder in which nothing was computed is free for the command that is put right.
+
+    Of a launch the first process tells. What fails in it fails in nearly every other too, and its launcher ends those as
+    soon as it is gone, while they wait here. Who is left has an error of its own, such as a file that only this machine lacks
+    or a full GPU: a launcher tells no more of that than an exit status.
+    """
+    if number := process_number():
+        time.sleep(OWN_ERROR_AFTER)
+        message = f"process {number}: {message}"
     if new is not None and not any(new.glob("**/checkpoint.pt")) and not (new / "results.json").exists():
         (new / "config.json").unlink(missing_ok=True)
     print(f"posthoc: {message}", file=sys.stderr)

@@ -33,15 +33,21 @@ def results(recipe: str, words: Words, folder: Path) -> dict[str, Any]:
     return _written(words, folder, 1)
 
 
-def results_of_two(recipe: str, words: Words, folder: Path) -> dict[str, Any]:
-    """results.json of a whole run by two processes (asserted), whose report is printed once."""
+def two_processes(recipe: str, words: Words, folder: Path) -> tuple[int, str, str]:
+    """Exit status of a launch of two processes, what they printed, and their stderr."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", port]
     process = _start(launcher, recipe, words, folder, OMP_NUM_THREADS="1")
     printed, errors = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 0, errors
+    return process.returncode, printed, errors
+
+
+def results_of_two(recipe: str, words: Words, folder: Path) -> dict[str, Any]:
+    """results.json of a whole run by two processes (asserted), whose report is printed once."""
+    status, printed, errors = two_processes(recipe, words, folder)
+    assert status == 0, errors
     for head in [line for line in printed.splitlines() if line.startswith("|")][:1]:
         assert printed.count(head) == 1
     return _written(words, folder, 2)

@@ -77,6 +77,19 @@ def test_numbers_out_of_range_are_refused(
             check(Config(first_share=value), "first_share")
 
 
+@pytest.mark.parametrize(("word", "status"), [("--step", 2), ("--help", 0)])
+def test_the_first_process_alone_tells_how_options_are_given(
+    word: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        with pytest.raises(SystemExit) as stopped:
+            parsed(word)
+        assert stopped.value.code == status
+        shown = capsys.readouterr()
+        assert bool(shown.out + shown.err) == (number == "0")
+
+
 def test_help_teaches_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed("--help")

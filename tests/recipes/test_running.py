@@ -18,7 +18,7 @@ from posthoc.recipes import running
 from posthoc.recipes.options import RecipeConfig
 from posthoc.recipes.running import Run, row_blocks, seeded_module
 
-from .recipe_children import results
+from .recipe_children import results, two_processes
 
 
 @dataclass(kw_only=True)
@@ -125,6 +125,40 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         running.main("some", Config, PRESETS, work, None, "--steps", [*words, "--resume", "--steps", "4"])
     assert "has other options (steps is 5 there and 4 here)" in capsys.readouterr().err
+
+
+def test_two_processes_tell_once(tmp_path: Path) -> None:
+    tiny = "--dim 3 --seed 2 --batch-size 16 --steps 2 --every 1 --output a"
+    line = tiny.split()
+    results("anisotropic", line, tmp_path)
+    status, printed, _ = two_processes("anisotropic", [*line, "--resume"], tmp_path)
+    assert (status, printed.count("is finished")) == (0, 1)
+    status, _, errors = two_processes("anisotropic", [*line, "--resume", "--steps", "4"], tmp_path)
+    assert (bool(status), errors.count("has other options")) == (True, 1)
+
+
+def test_an_error_of_another_process_is_told_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By then the launcher has ended this process, unless the first one has no error."""
+
+    def work(config: Config) -> None:
+        raise OptionError("this machine lacks the data")
+
+    def waits(seconds: float) -> None:
+        assert capsys.readouterr().err == ""
+        waited.append(seconds)
+
+    waited: list[float] = []
+    monkeypatch.setattr(running.time, "sleep", waits)
+    line = ["--output", str(tmp_path / "run")]
+    for number, expected in (("0", ""), ("1", "process 1: ")):
+        monkeypatch.setenv("RANK", number)
+        with pytest.raises(SystemExit) as stopped:
+            running.main("some", Config, PRESETS, work, None, "--steps", line)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err == f"posthoc: {expected}this machine lacks the data\n"
+    assert waited == [running.OWN_ERROR_AFTER]
 
 
 def test_a_start_that_failed_leaves_its_folder_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
