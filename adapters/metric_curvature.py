@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import OptionError, suggest
-from .mining import mine_triplets, triplet_counts, unit_distances
+from .mining import draw_triplets, triplet_counts, unit_distances
 
 LOSSES = ("euclidean", "arccos")
 APPROXIMATIONS = ("positives", "fixed", "full")
@@ -242,17 +242,13 @@ def mine_counts(
 ) -> MinedCounts:
     """The triplets of a batch as counts of pairs; with `max_triplets` those of a random subset of so many.
 
-    Without a limit no triplet is ever listed. embedding: [N, D] of any length; masks bool [N, N].
+    embedding: [N, D] of any length; masks bool [N, N].
     """
     if max_triplets is None:
         u = nn.functional.normalize(embedding, dim=-1)
         counts = triplet_counts(unit_distances(u, u), positive, negative, margin, miner)
         return MinedCounts(counts[0].double(), counts[1].double())
-    triplets = torch.stack(mine_triplets(embedding, positive, negative, margin, miner))
-    if triplets.shape[1] > max_triplets:
-        kept = torch.randperm(triplets.shape[1], generator=generator)[:max_triplets]
-        triplets = triplets[:, kept.to(triplets.device)]
-    a, p, n = triplets
+    (a, p, n), _ = draw_triplets(embedding, positive, negative, margin, miner, max_triplets, generator)
     zeros = embedding.new_zeros(2, *positive.shape, dtype=torch.float64)
     one = zeros.new_ones(())
     return MinedCounts(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,6 +79,57 @@ def mine_triplets(
     return anchors, positives, negatives
 
 
+@torch.no_grad()
+def draw_triplets(
+    embedding: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float,
+    miner: str,
+    limit: int,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, int]:
+    """At most `limit` of the triplets of `mine_triplets`, int64 [3, K] in ascending order, and how many those are.
+
+    Of more than `limit` a random subset, any of them equally likely, found by counts: the others are never listed.
+    generator: on the CPU, so that every device draws the same. Arguments and errors as of `mine_triplets`.
+    """
+    check_miner("draw_triplets", margin, miner)
+    check_pairs("draw_triplets", embedding, positive, negative)
+    u = unit_rows(embedding)
+    n = len(u)
+    distance = unit_distances(u, u)
+    far, order = torch.where(negative, distance, distance.new_tensor(math.inf)).sort(1)
+    first, last = _mined_places(distance, far, negative, margin, miner)
+    counts = ((last - first) * positive).flatten()
+    ends = counts.cumsum(0)
+    total = int(counts.sum())
+    if total <= limit:
+        rank = torch.arange(total)
+    else:
+        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        rank = torch.from_numpy(np.random.default_rng(seed).choice(total, limit, replace=False, shuffle=False))
+    rank = rank.to(ends.device)
+    pair = torch.searchsorted(ends, rank, right=True)
+    place = first.flatten()[pair] + rank - (ends - counts)[pair]
+    found = (pair * n + order[pair // n, place]).sort().values
+    return torch.stack([found // n**2, found // n % n, found % n]), total
+
+
+def _mined_places(distance: Tensor, far: Tensor, negative: Tensor, margin: float, miner: str) -> tuple[Tensor, Tensor]:
+    """Which of an anchor's negatives, `far` [R, N] in ascending order, are mined with each positive: from and to, [R, N]."""
+    closer = torch.searchsorted(far, distance, right=True)  # negatives with d_an <= d_ap
+    within = torch.searchsorted(far, distance + margin, right=True)  # and with d_an <= d_ap + m
+    none, every = torch.zeros_like(closer), negative.sum(1, keepdim=True).expand_as(closer)
+    return {
+        "all": (none, within),
+        "semihard": (closer, within),
+        "hard": (none, closer),
+        "easy": (within, every),
+        "none": (none, every),
+    }[miner]
+
+
 def triplet_counts(
     distance: Tensor, positive: Tensor, negative: Tensor, margin: float, miner: str
 ) -> tuple[Tensor, Tensor]:
@@ -91,18 +143,16 @@ def triplet_counts(
     near = torch.where(positive, distance, endless).sort(1).values
     reach = near + margin  # ascending, as near is
     distance = distance.contiguous()
-    negatives, positives = negative.sum(1, keepdim=True), positive.sum(1, keepdim=True)
-    # of (a, p): negatives with d_an <= d_ap, and with d_an <= d_ap + m
-    closer = torch.searchsorted(far, distance, right=True)
-    within = torch.searchsorted(far, distance + margin, right=True)
+    positives = positive.sum(1, keepdim=True)
+    first, last = _mined_places(distance, far, negative, margin, miner)
     # of (a, n): positives with d_ap >= d_an, and with d_ap + m >= d_an
     farther = positives - torch.searchsorted(near, distance)
     reaching = positives - torch.searchsorted(reach, distance)
-    by_positive, by_negative = {
-        "all": (within, reaching),
-        "semihard": (within - closer, reaching - farther),
-        "hard": (closer, farther),
-        "easy": (negatives - within, positives - reaching),
-        "none": (negatives.expand_as(distance), positives.expand_as(distance)),
+    by_negative = {
+        "all": reaching,
+        "semihard": reaching - farther,
+        "hard": farther,
+        "easy": positives - reaching,
+        "none": positives.expand_as(distance),
     }[miner]
-    return by_positive * positive, by_negative * negative
+    return (last - first) * positive, by_negative * negative

@@ -15,7 +15,7 @@ from posthoc.adapters.errors import OptionError
 from posthoc.adapters.metric_curvature import APPROXIMATIONS, Pairs, mine_counts, pair_diagonal, signed_pairs
 from posthoc.adapters.metric_laplace import hessian_diagonal
 from posthoc.adapters.metric_network import network_diagonal
-from posthoc.adapters.mining import mine_triplets
+from posthoc.adapters.mining import draw_triplets, mine_triplets
 from posthoc.adapters.positives import label_masks
 
 SHORT = {"positives": "pos", "fixed": "fix", "full": "full"}
@@ -235,6 +235,41 @@ def test_counts_are_those_of_the_listed_triplets(generator: torch.Generator, min
     has = counts.per_anchor > 0
     torch.testing.assert_close(means.positive.sum(1), has.double())
     torch.testing.assert_close(means.negative.sum(1), has.double())
+
+
+@pytest.mark.parametrize("miner", ["all", "semihard", "hard", "easy", "none"])
+def test_drawn_triplets_are_some_of_the_listed_ones_each_as_often(generator: torch.Generator, miner: str) -> None:
+    z = torch.randn(9, 3, generator=generator)
+    z[4] = z[2]  # equal distances
+    positive, negative = label_masks(torch.arange(9) % 3)
+    listed = torch.stack(mine_triplets(z, positive, negative, 0.3, miner))
+    count = listed.shape[1]
+    for limit in (count, count + 5):
+        found, total = draw_triplets(z, positive, negative, 0.3, miner, limit)
+        assert total == count
+        assert torch.equal(found, listed), "all of them, in their order"
+    place = {tuple(one): i for i, one in enumerate(listed.T.tolist())}
+    times, limit = np.zeros(count), count // 3
+    for _ in range(600):
+        found, total = draw_triplets(z, positive, negative, 0.3, miner, limit, generator)
+        rows = [place[tuple(one)] for one in found.T.tolist()]
+        assert rows == sorted(set(rows))
+        assert (len(rows), total) == (limit, count)
+        times[rows] += 1
+    share = limit / count
+    apart = (times - 600 * share) / (600 * share * (1 - share)) ** 0.5
+    assert (apart**2).mean() == pytest.approx(1.0, abs=0.6)
+    assert np.abs(apart).max() < 4.5
+    one, other = (
+        draw_triplets(z, positive, negative, 0.3, miner, 5, torch.Generator().manual_seed(3))[0] for _ in "ab"
+    )
+    assert torch.equal(one, other), "the generator decides"
+
+
+def test_of_no_triplets_none_is_drawn() -> None:
+    positive, negative = label_masks(torch.arange(4))
+    found, total = draw_triplets(torch.randn(4, 2), positive, negative, 0.3, "all", 5)
+    assert (found.shape, total) == ((3, 0), 0)
 
 
 def test_wrong_arguments_are_named() -> None:
