@@ -28,7 +28,7 @@ from ..adapters.vmf import VonMisesFisher
 from .encoders import VmfEncoder, paper_encoder
 from .options import Preset, RecipeConfig, check_counts, check_paper_fit, check_positive
 from .running import Run, main, row_blocks, scheduled, seeded_module
-from .synthetic_process import CALIBRATION, Family, Numbers, Process, ProcessConfig, make_process
+from .synthetic_process import CALIBRATION, Batches, Family, Process, ProcessConfig, make_process
 from .synthetic_report import Truth, draw_plots, final_figures, round_figures, table
 
 BLOCK = 64
@@ -171,17 +171,18 @@ class SyntheticStep(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.criterion = encoder, criterion
-        self.draw = process.draw  # not the process itself, which is no part of what is trained and stored
-        self.config, self.blocks = config, row_blocks(config.batch_size, BLOCK, launch)
+        self.position, self.blocks = (config.seed, TRAINING), row_blocks(config.batch_size, BLOCK, launch)
+        # no module, as the process is no part of what is trained and stored
+        self.batches = Batches(process, self.blocks, BLOCK, self.position)
 
     def forward(self, stage: int, step: int, negatives: int) -> Tensor:
-        places = [(self.config.seed, TRAINING, stage, step, block) for block in self.blocks]
-        drawn = self.draw(Numbers([step_generator(*place, 0) for place in places], BLOCK), negatives)
+        drawn = self.batches(stage, step, negatives)
         # the networks see all images at once; the loss goes block by block, each with its own random numbers
         if negatives and isinstance(self.criterion, ExpectedLikelihoodKernel):  # which draws none: all blocks at once
             (parts,) = zip(*self._encode(drawn, len(drawn[0])), strict=True)
             return self.criterion(*parts)
-        generators = [step_generator(*place, 1, device=drawn[0].device) for place in places]
+        places = [(*self.position, stage, step, block, 1) for block in self.blocks]
+        generators = [step_generator(*place, device=drawn[0].device) for place in places]
         losses = [self._loss(*block) for block in zip(*self._encode(drawn, BLOCK), generators, strict=True)]
         return torch.stack(losses).mean()
 

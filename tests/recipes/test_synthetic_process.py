@@ -14,11 +14,20 @@ from scipy import stats
 from torch import Tensor
 
 from posthoc.adapters.errors import DataError, OptionError
+from posthoc.adapters.training_loop import step_generator
 from posthoc.adapters.vmf import mean_resultant_length
 from posthoc.recipes import synthetic_process
 from posthoc.recipes.encoders import RangedConcentration, mlp, paper_encoder
 from posthoc.recipes.running import seeded_module
-from posthoc.recipes.synthetic_process import Numbers, Process, ProcessConfig, acceptance_offset, make_process
+from posthoc.recipes.synthetic_process import (
+    AHEAD,
+    Batches,
+    Numbers,
+    Process,
+    ProcessConfig,
+    acceptance_offset,
+    make_process,
+)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +161,18 @@ def test_a_blocks_numbers_do_not_depend_on_the_others(process: Process) -> None:
             torch.testing.assert_close(all_rows[block * 8 : block * 8 + 8], rows, rtol=0, atol=0)
     shapes = [None if v is None else tuple(v.shape) for v in process.draw(numbers(2, 3), 0)]
     assert shapes == [(6, 4), (6, 4), None]
+
+
+@pytest.mark.parametrize("negatives", [0, 4, 32])
+def test_batches_drawn_ahead_are_those_of_single_steps(negatives: int, cache: Path) -> None:
+    made = make_process(ProcessConfig(inputs=10, dim=10, seed=1, spread=1.0), cache, progress=False)
+    batches = Batches(made, range(1, 3), 64, (5, 101))  # the second share of two
+    # in a run, and as a resumed one would ask for them; another stage has others
+    for stage, step in [*((0, i) for i in range(2 * AHEAD + 1)), (0, AHEAD - 1), (1, AHEAD - 1), (0, 7 * AHEAD + 3)]:
+        generators = [step_generator(5, 101, stage, step, block, 0) for block in (1, 2)]
+        expected = made.draw(Numbers(generators, 64), negatives)
+        for one, other in zip(batches(stage, step, negatives), expected, strict=True):
+            assert (one is None and other is None) if other is None else torch.equal(one, other)
 
 
 @pytest.mark.parametrize("sampler", ["exact", "paper"])
