@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         anisotropic_images.main([*(["--preset", *others] if others else []), *rest])
         return
     known = {**PRESETS, "images": {}}  # so that --help and a suggestion for a mistyped name know it
-    running.main("anisotropic", AnisotropicConfig, known, run, __doc__, "--batch-size", words)
+    running.main("anisotropic", AnisotropicConfig, known, run, __doc__, "--batch-size or --dim", words)
 
 
 if __name__ == "__main__":
