@@ -81,7 +81,8 @@ def _vote_table(path: Path, rows: int, classes: int | None) -> np.ndarray:
     """The file's numbers [rows, C]."""
     expected = f"expected a .npy array of votes [{rows}, {classes or 'C'}], a row for each image"
     try:
-        votes = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:  # of a torn archive numpy would leave it open
+            votes = np.load(file, allow_pickle=False)
     except FileNotFoundError as error:
         raise DataError(f"cannot read votes: there is no file {path}; {expected}") from error
     except OSError as error:

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from posthoc.recipes import cifar10h
 from posthoc.recipes.cifar10h import PRESETS, Cifar10HConfig, check_width, command
+from posthoc.recipes.cifar10h_networks import PosteriorNetwork
 from posthoc.recipes.cifar10h_training import make_loss
 from posthoc.recipes.networks import CifarResNet
 from posthoc.recipes.running import seeded
@@ -183,10 +186,13 @@ def test_bad_options_end_in_one_line(
     assert message in shown
 
 
-def test_more_dimensions_than_features_need_no_principal_directions(folder: Path, tmp_path: Path) -> None:
-    line = words(folder, "wide", "--preset", "posthoc", "--no-centred", "--dim", "65", "--steps", "2", "--kappa", "20")
-    assert results("cifar10h", line, tmp_path)["folds"][0]["best"]["step"] == 2
+def test_more_dimensions_than_features_need_no_principal_directions() -> None:
     check_width(Cifar10HConfig(loss="soft-cross-entropy", dim=65), 64)  # has no projection
+    check_width(Cifar10HConfig(centred=False, dim=65), 64)
+    network = PosteriorNetwork(nn.Identity(), 64, 65, centred=False)
+    features = torch.randn(90, 64)
+    network.start(features)
+    assert network(features).mean_direction.shape == (90, 65)
 
 
 def test_the_papers_scripts_are_the_presets() -> None:
