@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -24,6 +25,11 @@ class _BasicBlock(nn.Module):
         if self.stride != 1:  # option A: every second pixel, new channels are zero on both sides
             x = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
         return functional.relu(x + y)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of 8 groups, or of as many as divide 8 and the channels."""
+    return nn.GroupNorm(math.gcd(channels, 8), channels)
 
 
 class CifarResNet(nn.Module):
@@ -65,7 +71,7 @@ class SmallConvNet(nn.Module):
         sizes = (channels, width, 2 * width, 4 * width)
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(sizes):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.ReLU()]
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), group_norm(outputs), nn.ReLU()]
             layers.append(nn.MaxPool2d(2) if outputs < sizes[-1] else nn.AdaptiveAvgPool2d(1))
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.linear = nn.Linear(sizes[-1], classes)
@@ -86,7 +92,7 @@ class StridedConvNet(nn.Module):
         shapes = ((channels, 5, 2), (width, 3, 2), (2 * width, 3, 2), (4 * width, 3, 1))
         for (inputs, kernel, stride), outputs in zip(shapes, (width, 2 * width, 4 * width, 8 * width), strict=True):
             layers.append(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False))
-            layers += [nn.GroupNorm(8, outputs), nn.ReLU()]
+            layers += [group_norm(outputs), nn.ReLU()]
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size = 8 * width

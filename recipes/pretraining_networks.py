@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, TypeVar, cast
 
 import timm
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters.distributed import Launch
 from ..adapters.errors import BackboneError, suggest
-from .networks import StridedConvNet
+from .networks import StridedConvNet, group_norm
 from .small_image_networks import DEPTHS, Normalised, group_normalised, small_image_network
 
 Norm = Literal["group", "batch"]
@@ -72,10 +71,18 @@ def image_encoder(
 
 
 def whole_network(name: str, channels: int, pixels: int) -> nn.Module:
-    """A timm network as it is, pooled features, for square images. Raises BackboneError where it takes none such."""
-    sized: dict[str, Any] = {"img_size": pixels} if name.startswith("vit") else {}
+    """A timm network as it is, pooled features, for square images: told their size, where it is one that is built for a size.
+
+    Raises BackboneError where it takes none such.
+    """
+    options: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": channels}
     try:
-        network = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, **sized)
+        state = torch.get_rng_state()
+        try:
+            network = timm.create_model(name, img_size=pixels, **options)
+        except TypeError:  # it takes any size, and no such option
+            torch.set_rng_state(state)
+            network = timm.create_model(name, **options)
         with torch.no_grad():
             network.eval()(torch.zeros(1, channels, pixels, pixels))
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
@@ -85,7 +92,7 @@ def whole_network(name: str, channels: int, pixels: int) -> nn.Module:
 
 def projection_head(size: int, hidden: int, dim: int, norm: Norm = "group") -> nn.Sequential:
     """Features [B, size] -> [B, dim]: a hidden layer, normalised, and a linear one without bias."""
-    layer: nn.Module = nn.BatchNorm1d(hidden) if norm == "batch" else nn.GroupNorm(math.gcd(hidden, 8), hidden)
+    layer: nn.Module = nn.BatchNorm1d(hidden) if norm == "batch" else group_norm(hidden)
     return nn.Sequential(nn.Linear(size, hidden), layer, nn.ReLU(), nn.Linear(hidden, dim, bias=False))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import timm
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.errors import BackboneError
-from .networks import CifarResNet
+from .networks import CifarResNet, group_norm
 
 CLASSES = 10
 DEPTHS = {"resnet20": 20, "resnet56": 56}
@@ -94,7 +93,7 @@ def cifar_stem(name: str, module: Any, max_pool: bool) -> None:
     if not isinstance(old, nn.Conv2d) or (layer == "conv1" and not hasattr(module, "maxpool")):
         raise BackboneError(
             f"the network {name!r} has no stem that becomes CIFAR's (3x3, stride 1), as ResNets and EfficientNets have; in a "
-            "pretraining --stem own takes it as it is"
+            "pretraining --stem own takes it as it is, if images may be that small for it"
         )
     bias = old.bias is not None
     setattr(module, layer, nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=bias))
@@ -106,7 +105,7 @@ def group_normalised(module: nn.Module) -> None:
     """Puts GroupNorm in the place of every BatchNorm2d: no statistics of a batch, so processes need none in common."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            norm: nn.Module = nn.GroupNorm(math.gcd(child.num_features, 8), child.num_features)
+            norm: nn.Module = group_norm(child.num_features)
             activation = getattr(child, "act", None)  # timm has both in one
             setattr(module, name, norm if activation is None else nn.Sequential(norm, activation))
         else:
