@@ -319,14 +319,17 @@ PRESETS: dict[str, Preset] = {
     "ambiguous": {"batch_size": 512, "samples": 512, "negatives": 32},
     "clear": {"kappa_low": 64.0, "kappa_high": 128.0},
     "injective": {"kappa_low": math.inf, "kappa_high": math.inf},
-    "elk": {"loss": "elk", "phases": 0, "negatives": 1},
-    "hib": {"loss": "hib", "phases": 0, "negatives": 0},
+    "elk": {"loss": "elk", "concentration": 1.0},
+    "hib": {"loss": "hib", "hib_scale": 20.0, "hib_shift": -8.0},
+    "paper-elk": {"loss": "elk", "phases": 0, "negatives": 1},
+    "paper-hib": {"loss": "hib", "phases": 0, "negatives": 0},
     "2d": {"input_dim": 2, "latent_dim": 2, "encoder_dim": 2, "negatives": 1, "mean_negatives": 1, "steps": 4096},
     "gaussian": {"family": "gaussian"},
     "laplace": {"family": "laplace"},
     "shared-backbone": {"shared_backbone": True},
 }  # fmt: skip
-"""Sizes (smoke, default, paper) and the paper's scripts, to be laid on a size."""
+"""Sizes (smoke, default, paper), and what is laid on a size: elk and hib as they do not collapse on default, and the paper's
+scripts."""
 
 
 def _script(batch_size: int, samples: int, negatives: int, **options: Any) -> Preset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -231,8 +232,8 @@ SCRIPTS = {  # of the paper's table: what differs from its code's defaults
     "ambiguous": {"batch_size": 512, "samples": 512, "negatives": 32},
     "clear": {"kappa_low": 64.0, "kappa_high": 128.0},
     "injective": {"kappa_low": math.inf, "kappa_high": math.inf},
-    "elk": {"loss": "elk", "phases": 0, "negatives": 1},
-    "hib": {"loss": "hib", "phases": 0, "negatives": 0},
+    "paper-elk": {"loss": "elk", "phases": 0, "negatives": 1},
+    "paper-hib": {"loss": "hib", "phases": 0, "negatives": 0},
     "2d": {"input_dim": 2, "latent_dim": 2, "encoder_dim": 2, "negatives": 1, "mean_negatives": 1, "steps": 4096},
     "encoder-8": {"encoder_dim": 8, "batch_size": 512, "samples": 512, "negatives": 32},
     "encoder-64": {"encoder_dim": 64, "batch_size": 512, "samples": 256, "negatives": 8},
@@ -271,6 +272,16 @@ def test_the_papers_scripts_are_presets_on_its_defaults(name: str) -> None:
     expected = {**defaults, **SCRIPTS[name]}
     assert {option: getattr(found, option) for option in expected} == expected
     assert getattr(make_criterion(found), "reference", True)
+
+
+def test_elk_and_hib_on_the_default_are_the_tables_runs() -> None:
+    plain, elk, hib = (
+        options.parse("synthetic", SyntheticConfig, PRESETS, None, words)
+        for words in ([], ["--preset", "elk"], ["--preset", "hib"])
+    )
+    assert elk == dataclasses.replace(plain, loss="elk", concentration=1.0)
+    assert hib == dataclasses.replace(plain, loss="hib", hib_scale=20.0, hib_shift=-8.0)
+    assert [stage.trained for stage in stages(elk)] == [("mean",), ("concentration",)]
 
 
 def test_the_learning_curve_of_concentrations_begins_where_they_are_trained() -> None:
