@@ -351,7 +351,15 @@ PRESETS |= {
 
 def command(arguments: Sequence[str] | None = None) -> None:
     """The recipe as a command."""
-    main("synthetic", SyntheticConfig, PRESETS, run, __doc__, "--batch-size, --negatives or --samples", arguments)
+    main(
+        "synthetic",
+        SyntheticConfig,
+        PRESETS,
+        run,
+        __doc__,
+        "--batch-size, --negatives, --samples or --eval-rows",
+        arguments,
+    )
 
 
 if __name__ == "__main__":

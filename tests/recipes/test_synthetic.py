@@ -353,6 +353,18 @@ def test_bad_input_is_one_line(given: list[str], said: str, tmp_path: Path, caps
     assert not list(tmp_path.glob("*.safetensors"))  # nothing was built
 
 
+def test_too_many_images_to_evaluate_are_told_by_their_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: SyntheticConfig) -> None:
+        raise MemoryError("Unable to allocate 37.3 GiB")
+
+    monkeypatch.setattr(synthetic, "run", run)
+    with pytest.raises(SystemExit):
+        synthetic.command(["--output", str(tmp_path / "run")])
+    assert capsys.readouterr().err.endswith("--samples or --eval-rows\n")
+
+
 def test_a_run_that_does_not_learn_says_so(cache: Path, tmp_path: Path) -> None:
     config = SyntheticConfig(**{**TINY, "steps": 1, "lr": 1e-9}, check=True, output=tmp_path / "a", cache_dir=cache)  # type: ignore[arg-type]
     with pytest.raises(PosthocError, match="nothing was learnt"):
