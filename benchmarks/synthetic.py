@@ -2,7 +2,8 @@
 
     python benchmarks/synthetic.py losses samplers variants --output runs/synthetic --jobs 2
 
-Runs that are there already are read, not repeated; `--jobs` of them go at a time, with one thread each. Writes table.md.
+Runs that are there already are read, not repeated; `--jobs` of them go at a time, with one thread each. Writes table.md:
+for each case mean and standard deviation over seeds, and below them the figures and the minutes of each seed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 from recipe_runs import carried_out, spread
 from tyro.conf import Positional
@@ -22,6 +22,7 @@ from posthoc.adapters.files import replace_file
 
 COLUMNS = {
     "cosines_spearman": "cosines, rank corr.",
+    "cosines_mae": "cosines, mean abs. error",
     "kappa_spearman": "kappa, rank corr.",
     "proxy_spearman": "paper's proxy, rank corr.",
     "kappa_ratio": "kappa / true, median",
@@ -40,9 +41,9 @@ Case = tuple[str, Sequence[str], tuple[int, ...]]
 PARTS: dict[str, tuple[Case, ...]] = {
     "losses": (
         ("MCInfoNCE", (), SEEDS),
-        # settings that do not collapse, found with seed 1; the paper's, which do, once
-        ("HIB", ("--loss", "hib", "--hib-scale", "20", "--hib-shift", "-8"), SEEDS),
-        ("ELK", ("--loss", "elk", "--concentration", "1"), SEEDS),
+        # presets that do not collapse, found with seed 1; the paper's powers, which do, once
+        ("HIB", ("--preset", "hib"), SEEDS),
+        ("ELK", ("--preset", "elk"), SEEDS),
         ("ELK, power 20 as in the paper", ("--loss", "elk"), SEEDS[:1]),
         ("HIB, a=1, b=0 as in the paper", ("--loss", "hib"), SEEDS[:1]),
     ),
@@ -56,9 +57,13 @@ PARTS: dict[str, tuple[Case, ...]] = {
         for name, words in {
             **{
                 name: f"--preset {name}"
-                for name in ("clear", "injective", "2d", "gaussian", "laplace", "shared-backbone")
+                for name in (
+                    *("clear", "injective", "2d", "gaussian", "laplace", "shared-backbone"),
+                    *("samples-1", "samples-4", "samples-64"),
+                )
             },
             **{f"encoder of {d} dimensions": f"--encoder-dim {d}" for d in (4, 16)},
+            "dim-16, batch and samples of the default": "--preset dim-16 --batch-size 128 --samples 16",
             "negatives averaged, as in the paper": "--negative-weight None",
         }.items()
     ),
@@ -77,18 +82,24 @@ class Options:
     """runs at a time, one thread each"""
 
 
-def row(name: str, runs: list[dict[str, Any]]) -> str:
+def rows(name: str, seeds: Sequence[int], runs: list[dict[str, Any]]) -> list[str]:
+    """A case's line over its seeds, and where there are several one for each."""
+    several = [(f"{name}, seed {seed}", [run]) for seed, run in zip(seeds, runs, strict=True)] if len(runs) > 1 else []
+    return [_row(*line) for line in ((name, runs), *several)]
+
+
+def _row(name: str, runs: list[dict[str, Any]]) -> str:
     cells = [name]
     for column in COLUMNS:
         values = [run["figures"][column] for run in runs if column in run["figures"]]
         cells.append(spread(values, 3) if values else "-")
-    seconds = np.mean([sum(run["training_seconds"].values()) for run in runs])
-    return "| " + " | ".join([*cells, f"{len(runs)}", f"{seconds:.0f} s"]) + " |"
+    minutes = spread([sum(run["training_seconds"].values()) / 60 for run in runs], 1)
+    return "| " + " | ".join([*cells, f"{len(runs)}", minutes]) + " |"
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    head = ["", *COLUMNS.values(), "seeds", "training, each"]
+    head = ["", *COLUMNS.values(), "seeds", "training, minutes"]
     lines = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for part in options.parts:
@@ -106,7 +117,9 @@ def main() -> None:
                 for name, words, seeds in PARTS[part]
             }
             lines += [f"### {part}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-            lines += [row(name, [one.result() for one in runs]) for name, runs in waiting.items()] + [""]
+            for name, _, seeds in PARTS[part]:
+                lines += rows(name, seeds, [one.result() for one in waiting[name]])
+            lines.append("")
     replace_file(options.output / "table.md", "\n".join(lines).encode())
     print("\n".join(lines))
 

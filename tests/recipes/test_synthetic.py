@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -363,6 +367,39 @@ def test_too_many_images_to_evaluate_are_told_by_their_option(
     with pytest.raises(SystemExit):
         synthetic.command(["--output", str(tmp_path / "run")])
     assert capsys.readouterr().err.endswith("--samples or --eval-rows\n")
+
+
+@pytest.mark.parametrize(("part", "count"), [("losses", 17), ("samplers", 27), ("variants", 13)])
+def test_the_benchmarks_table_has_every_seed(
+    part: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And every run of it has options of its own."""
+    place = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(place))
+    spec = importlib.util.spec_from_file_location("benchmarks_synthetic", place / "synthetic.py")
+    assert spec
+    assert spec.loader
+    benchmark = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, benchmark)
+    spec.loader.exec_module(benchmark)
+    seen = []
+
+    def carried_out(recipe: str, words: Sequence[str], folder: Path, threads: int) -> dict[str, Any]:
+        seen.append(words)
+        seed = int(words[-1])
+        figures = dict.fromkeys(benchmark.COLUMNS, seed / 100)
+        return {"figures": figures, "training_seconds": {"a": 90.0, "b": 60.0 * seed}}
+
+    monkeypatch.setattr(benchmark, "carried_out", carried_out)
+    monkeypatch.setattr("sys.argv", ["synthetic.py", part, "--output", str(tmp_path)])
+    benchmark.main()
+    configs = {repr(options.parse("synthetic", SyntheticConfig, PRESETS, None, words)) for words in seen}
+    assert len(configs) == len(seen) == count
+    printed = capsys.readouterr().out
+    assert "cosines, mean abs. error" in printed
+    if part == "losses":
+        means = " 0.060 ± 0.016 |" * 7
+        assert f"| ELK |{means} 5 | 7.5 ± 1.6 |\n| ELK, seed 4 |{' 0.040 |' * 7} 1 | 5.5 |" in printed
 
 
 def test_a_run_that_does_not_learn_says_so(cache: Path, tmp_path: Path) -> None:
