@@ -83,6 +83,7 @@ def train(
     weight_decay: float = 1e-4,
     warmup: float = 0.1,
     patience: int = 20,
+    shared: bool = False,
 ) -> TrainResult:
     """Train the parameters of `step`, keep the state that is best on held-out rows.
 
@@ -90,15 +91,18 @@ def train(
     this process's share of the batch. `evaluate()` gives the held-out loss, lower is better. A run with an
     `options.output_dir` writes `NAME/metrics.jsonl` and continues from `NAME/checkpoint.pt` to the result of an
     unbroken run, provided that the checkpoint was written for the same data and options: `key` stands for the data.
+    shared: every process takes the whole batch, with the numbers that one process draws: for a loss that contrasts all its
+    rows. Features are stored, so nothing need be sent for it; several processes train as one does, and no faster.
 
     Raises:
         DataError: there are fewer rows than one batch needs, or the loss is not finite.
     """
     launch = check_launch()
+    rank, world = (0, 1) if shared else (launch.rank, launch.world)
     batch_size = min(options.batch_size, len(rows))
-    if batch_size < 2 * launch.world:
+    if batch_size < 2 * world:
         raise DataError(
-            f"head {name!r} got {len(rows)} fitting rows for {launch.world} process(es); contrastive and ranking losses need "
+            f"head {name!r} got {len(rows)} fitting rows for {world} process(es); contrastive and ranking losses need "
             "at least 2 rows a process: give more data, or a smaller validation share"
         )
     optimizer = torch.optim.AdamW([p for p in step.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
@@ -108,8 +112,8 @@ def train(
 
     def batch(i: int) -> tuple[Tensor, torch.Generator]:
         epoch, place = divmod(i, each)
-        taken = order(epoch)[place * batch_size : (place + 1) * batch_size][launch.rank :: launch.world]
-        return torch.from_numpy(taken), step_generator(options.seed, epoch, place, launch.rank)
+        taken = order(epoch)[place * batch_size : (place + 1) * batch_size][rank::world]
+        return torch.from_numpy(taken), step_generator(options.seed, epoch, place, rank)
 
     plan = Plan(
         name=name,
@@ -118,7 +122,7 @@ def train(
         batch=batch,
         evaluate=lambda: {"held_out_loss": float(evaluate())},
         folder=options.output_dir,
-        signature=repr((key, len(rows), epochs, lr, batch_size, options.seed, weight_decay, launch.world)),
+        signature=repr((key, len(rows), epochs, lr, batch_size, options.seed, weight_decay, world)),
         lowest="held_out_loss",
         patience=patience,
         clip=1.0,

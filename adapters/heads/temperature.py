@@ -38,6 +38,8 @@ class TemperatureHead(Head):
         width, depth: of the network's hidden layers; depth 0 is the paper's linear layer.
         reference: the loss of the paper's code: view 1's temperature in both numerators, and every other image a negative,
             also one of the same class. The training (AdamW, stored views) stays ours.
+        gather: whether the processes of a launch take the loss of the whole batch, so that it does not depend on their number;
+            else each contrasts its own share of the rows, which is faster and has fewer negatives.
 
     Outputs: "uncertainty" = "temperature" = tau in (t, t * (1 + e^15)).
     Source: Zhang et al., arXiv 2110.04403, with the loss made symmetric.
@@ -49,13 +51,19 @@ class TemperatureHead(Head):
     uses_pairs = True
 
     def __init__(
-        self, base_temperature: float | None = None, width: int = 64, depth: int = 1, reference: bool = False
+        self,
+        base_temperature: float | None = None,
+        width: int = 64,
+        depth: int = 1,
+        reference: bool = False,
+        gather: bool = True,
     ) -> None:
         super().__init__(
             base_temperature=base_temperature,
             width=width,
             depth=depth,
             reference=reference,
+            gather=gather,
         )
         check_positive(self.name, base_temperature=base_temperature)
         check_whole(self.name, width=width)
@@ -135,6 +143,8 @@ class TemperatureHead(Head):
             options=options,
             epochs=options.epochs or epochs_for(len(data.train), options.batch_size, STEPS),
             lr=options.lr or 1e-3,
+            # every other row is a negative, so their number would be that of processes'; other heads take a fixed number
+            shared=self._config["gather"],
         )
 
     def _blurred(self, data: FitData) -> tuple[np.ndarray, Tensor] | None:
