@@ -17,12 +17,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 from recipe_runs import carried_out, spread
 
-from posthoc.recipes.pretraining_evaluation import auroc
+from posthoc.recipes.pretraining_evaluation import auroc, scores_in
 
 METHODS: dict[str, list[str]] = {
     "TaU": [],
@@ -57,6 +58,8 @@ GATHER: dict[str, list[str]] = {
     for name, words in {"TaU": [], "SimCLR": ["--method", "simclr"]}.items()
     for which, more in {"images of all processes": [], "each process's own": ["--no-gather"]}.items()
 }
+PAPERS = {"SimCLR": "paper-simclr", "MoCo": "paper-moco", "ensemble": "paper-ensemble"}
+"""Methods that the released configurations train at another rate than TaU."""
 PARTS = {"methods": METHODS, "frozen": FROZEN, "gather": GATHER}
 
 
@@ -78,13 +81,14 @@ SPEED = (("training_images_per_second", 0), ("share", 2))
 
 
 def ood_table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Every score of every method down, the other sets across: AUROC."""
+    """Every score of every method down, the other sets across: AUROC; - where it was constant in a run."""
     sets = list(next(iter(found.values()))[0]["ood"])
     lines = ["| method | score | " + " | ".join(sets) + " |", "|---" * (len(sets) + 2) + "|"]
     for name, runs in found.items():
-        for score in runs[0]["ood"][sets[0]]["scores"] if sets else ():
-            cells = " | ".join(spread((auroc(run["ood"], one, score) for run in runs), 3) for one in sets)
-            lines.append(f"| {name} | {score} | {cells} |")
+        for score in dict.fromkeys(score for run in runs for score in scores_in(run["ood"])):
+            cells = [[value for run in runs if not isnan(value := auroc(run["ood"], one, score))] for one in sets]
+            shown = " | ".join(spread(cell, 3) if len(cell) == len(runs) else "-" for cell in cells)
+            lines.append(f"| {name} | {score} | {shown} |")
     return lines
 
 
@@ -124,8 +128,8 @@ def main() -> None:
         parser.error(f"--only {', '.join(sorted(unknown))}: the variants are {', '.join(variants)}")
     variants = {name: words for name, words in variants.items() if name in (arguments.only or variants)}
     for name, words in variants.items():
-        plain = name.split(",")[0] in ("SimCLR", "MoCo", "ensemble")
-        sizes = [*(["paper", *["paper-simclr"] * plain] if arguments.paper else []), *arguments.preset]
+        rate = [PAPERS[one]] if (one := name.split(",")[0]) in PAPERS else []
+        sizes = [*(["paper", *rate] if arguments.paper else []), *arguments.preset]
         variants[name] = laid_on(sizes, words)
     common = ["--data-dir", str(arguments.data), "--dataset", arguments.dataset]
     found = runs_of(

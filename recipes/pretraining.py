@@ -1,6 +1,6 @@
 """What recipes share that pretrain a network on views of images: their options, the training, and its throughput.
 
-images, held_out, test = open_images(config, run)
+images, held_out, test = open_images(config)
 batches = ViewBatches(images, augmentation(config), config.batch_size, config.seed, run.launch, run.device)
 module = ...                      # takes what `batch(step)` gives, answers with the loss
 history = pretrain(run, module, batches, batches.rows.each, optimizer, watch)
@@ -17,18 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..adapters.errors import DataError
+from ..adapters.source_arrays import ArraySource
+from ..adapters.source_base import Source
+from ..adapters.source_loader import load_image
 from ..adapters.training_loop import History, Plan, Record, run_plan
+from ..eval.datasets import open_named
 from .augmentations import Augmentation
+from .image_sets import Chosen, shaped
 from .options import RecipeConfig, check_below_one, check_counts, check_least, check_positive
-from .pretraining_networks import SMALL, Norm, Stem
+from .pretraining_networks import CIFARS, SMALL, Norm, Stem
 from .running import Run, scheduled
-from .view_batches import Images, load_images
+from .view_batches import Images, images_of
 
+ORDER = 501  # place of the random numbers
 HELD_OUT = 1000
 """Training images that nothing is trained on; of few images a tenth."""
 ROUNDS = 3
@@ -98,18 +105,37 @@ def augmentation(config: PretrainingConfig) -> Augmentation:
     return Augmentation(scale=(config.smallest_crop, 1.0), blur=config.blur)
 
 
-def open_images(config: PretrainingConfig, run: Run) -> tuple[Images, Images, Images]:
+def open_images(config: PretrainingConfig) -> tuple[Images, Images, Images]:
     """Training images, held-out ones and the set's test images.
 
-    Raises DataError for data that are not there, not square, or too few for a batch.
+    Raises DataError for data that are not there, not small and square, or too few for a batch.
     """
-    train, test = (load_images(config.dataset, split, config.data_dir) for split in ("train", "test"))
-    train = train.first(config.train_images or len(train.label))
-    run.stands_on(train.pixels.numpy(), train.label, test.pixels.numpy(), test.label)
+    source, other = (open_named(config.dataset, split, config.data_dir) for split in ("train", "test"))
+    order = np.arange(len(source))
+    if not isinstance(source, ArraySource):  # folders are sorted by class
+        order = np.random.default_rng(ORDER).permutation(order)
+    train, test = in_memory(source, order[: config.train_images]), in_memory(other, np.arange(len(other)))
     if train.pixels.shape[2] != train.pixels.shape[3] or train.pixels.shape[1:] != test.pixels.shape[1:]:
         raise DataError(f"the images of {config.dataset} are {list(train.pixels.shape[1:])}; expected square ones")
-    kept = trained_on(len(train.label), config.batch_size)
-    return train.first(kept), Images(train.pixels[kept:], train.label[kept:]), test
+    kept = trained_on(len(train), config.batch_size)
+    return train.first(kept), train.rows(np.arange(kept, len(train))), test
+
+
+def in_memory(source: Source, rows: np.ndarray) -> Images:
+    """Those images of a labelled set, int64 [n], and their labels: an array's as they are, files' in colour.
+
+    Raises DataError for files that are not small squares, by the size of the first one, or have no labels.
+    """
+    if isinstance(source, ArraySource):
+        return images_of(source).rows(rows)
+    height, width = np.asarray(load_image(source.item(0).image)).shape[:2]
+    label = np.asarray(source.column("label"))
+    if width != height or width > CIFARS or label.dtype.kind not in "iu":
+        raise DataError(
+            f"{source.name} cannot be pretrained on: its first image has {width} x {height} px and its labels are {label.dtype}; "
+            f"expected labelled square images of up to {CIFARS} px, such as cifar10 or tiny-imagenet"
+        )
+    return Images(shaped(Chosen(source, rows), 3, width), label[rows].astype(np.int64))
 
 
 def trained_on(count: int, batch_size: int) -> int:

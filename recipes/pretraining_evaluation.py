@@ -16,11 +16,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..adapters.errors import DataError
 from ..adapters.training_loop import step_generator
+from ..eval.inputs import not_constant
 from ..eval.ood import ood_table
+from ..eval.ood_statistics import OodMetrics
 from ..eval.plots import Strip, gallery, page
 from ..eval.probe_protocols import TAU, sgd_probe, tau_nearest_label
 from ..eval.probes import linear_probe, nearest_label, top_k_accuracy
+from ..eval.table import Table
 from .view_batches import Images, Labelled
 
 PROBE = 500  # place of the random numbers
@@ -101,13 +105,32 @@ def ood_tables(
     seed: int,
     notes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The OOD table of each other set, JSON-able: AUROC and more of each score with intervals; kNN is the reference."""
+    """The OOD table of each other set, JSON-able: AUROC and more of each score with intervals; kNN is the reference.
+
+    `left_out` of a table says which scores it has no row for, since they are one number for all images, and why.
+    """
     tables = {}
     for name, scores in outside.items():
-        table = ood_table(inside, scores, name=name, reference="kNN", resamples=RESAMPLES, seed=seed)
+        left_out = constant(inside, scores)
+        one, other = ({key: x for key, x in part.items() if key not in left_out} for part in (inside, scores))
         note = (notes or {}).get(name)
-        tables[name] = table.noted(*([note] if note else [])).as_dict()
+        if one or other:
+            table = ood_table(one, other, name=name, reference="kNN", resamples=RESAMPLES, seed=seed)
+        else:
+            table = Table(name, OodMetrics.NAMES, {})
+        tables[name] = {**table.noted(*([note] if note else [])).as_dict(), "left_out": left_out}
     return tables
+
+
+def constant(inside: Mapping[str, np.ndarray], outside: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The scores that are one number for all images of both sets, and the words for it."""
+    found = {}
+    for name in [name for name in inside if name in outside]:
+        try:
+            not_constant({name: (inside[name], outside[name])})
+        except DataError as error:
+            found[name] = str(error)
+    return found
 
 
 def save_scores(folder: Path, scores: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -118,9 +141,16 @@ def save_scores(folder: Path, scores: Mapping[str, Mapping[str, np.ndarray]]) ->
         np.savez(folder / f"{Path(name).name}.npz", **arrays)
 
 
+def scores_in(tables: Mapping[str, Any]) -> list[str]:
+    """The scores that any of `ood_tables` has a row for."""
+    return list(dict.fromkeys(score for table in tables.values() for score in table["scores"]))
+
+
 def auroc(tables: Mapping[str, Any], name: str, score: str) -> float:
-    """The AUROC of one score against one set, out of `ood_tables`: 1 where it is higher for all images of the other set."""
-    return float(tables[name]["scores"][score]["auroc"]["value"])
+    """The AUROC of one score against one set, out of `ood_tables`: 1 where it is higher for all images of the other set; NaN
+    where the score is left out."""
+    rows = tables[name]["scores"]
+    return float(rows[score]["auroc"]["value"]) if score in rows else np.nan
 
 
 def certainty_grid(

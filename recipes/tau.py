@@ -16,23 +16,23 @@ features 32.5 %; AUROC of the temperature .91 against MNIST, of kNN .08. `--pres
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adapters.errors import OptionError, PosthocError
+from ..adapters.errors import DataError, PosthocError
+from ..adapters.linear_probe import HELD_OUT_SHARE
 from ..adapters.losses.tau import temperature
+from ..adapters.splits import row_uniform
 from ..adapters.training_loop import History, Record, step_generator
 from ..eval.dataset_classes import CLASSES
 from . import running
+from .decoupled_uniformity_evaluation import check_judged
 from .image_sets import other_sets
-from .options import Preset, check_counts, check_positive
 from .pretraining import (
-    PretrainingConfig,
     adamw,
     augmentation,
     open_images,
@@ -53,147 +53,15 @@ from .pretraining_evaluation import (
 from .pretraining_networks import PretrainingNetwork, image_encoder, projection_head, synchronised
 from .running import Run, seeded
 from .tau_methods import UNCERTAIN, Batches, Method, make_method, with_dropout
+from .tau_options import PRESETS, TauConfig, check_part
 from .tau_posthoc import run_posthoc
 from .tau_report import draw, table
 from .tau_scores import means, odin, uncertainties
 from .view_batches import CHUNK, Augmented, Images, ViewBatches, fixed_views
 
-Kind = Literal["tau", "simclr", "tau-moco", "moco", "hib", "supervised"]
 NETWORK, MEMBER = 603, 604  # places of the random numbers
 GAIN = 0.01
 """How much better than random features the linear evaluation must be for --check, in shares of the test images."""
-
-
-@dataclass(kw_only=True)
-class TauConfig(PretrainingConfig):
-    """The options of this recipe."""
-
-    output: Path = Path("runs/tau")
-    """folder of the run"""
-    method: Kind = "tau"
-    """simclr or moco with temperatures (tau, tau-moco) or without; hib: Gaussian posteriors; supervised: by labels"""
-    temperature: float = 0.1
-    """t; of tau and tau-moco the lowest temperature"""
-    include_positive: bool = False
-    """whether tau's denominator has the positive pair too; without it the loss has no lower bound"""
-    reference: bool = False
-    """the loss as released: view-1's temperature in both numerators, 1e-6 in plain SimCLR's denominator; adds its kNN score.
-    On a frozen network: one linear layer, t as given, and images of one class stay negatives"""
-    queue: int = 4096
-    """keys that moco keeps"""
-    momentum: float = 0.99
-    """share of itself that moco's second network keeps in a step"""
-    dropout: float = 0.0
-    """probability of dropping a channel, in training and in the passes that are scored; 0: none"""
-    ood_images: int = 2000
-    """at most so many images of each other set"""
-    passes: int = 10
-    """passes with dropout that an image is scored by"""
-    members: int = 1
-    """networks that are trained; the spread of several, aligned, is a score"""
-    samples: int = 4
-    """samples of a posterior of hib"""
-    papers_probe: bool = False
-    """also the paper's optimiser of the linear evaluation, on features of unaugmented images, and its nearest neighbour, by two
-    augmented views of each training image"""
-    backbone: str | None = None
-    """a frozen pretrained network on which only a temperature head is fitted: a timm name, resnet20 or resnet56 (CIFAR-10's), or
-    simclr, byol or clip"""
-    checkpoint: Path | None = None
-    """its weights (.safetensors or .pth); default: NAME.safetensors in the folder of the data, else timm's download"""
-    random_weights: bool = False
-    """random weights for it, to try the run"""
-    positives: Literal["views", "labels"] = "views"
-    """what the head takes as pairs"""
-    views: int = 4
-    """stored views of each image for the head"""
-    test_images: int | None = None
-    """at most so many test images that it scores; default: all"""
-    cache_dir: Path | None = None
-    """where its features are stored; default: the library's store"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, "queue", "members", "samples", "views", "ood_images")
-        check_positive(self, "temperature")
-        if self.passes < 2:
-            raise OptionError(f"--passes {self.passes} was given; expected 2 or more")
-        for name in ("dropout", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise OptionError(f"--{name} {getattr(self, name)} was given; expected a number from 0 to below 1")
-        if self.include_positive and self.method != "tau":
-            raise OptionError(f"--include-positive is an option of --method tau; {self.method} was given")
-        if self.include_positive and self.reference:
-            raise OptionError("--include-positive and --reference were given; the released configurations leave it out")
-
-
-OF_A_HEAD = ("backbone", "checkpoint", "random_weights", "positives", "views", "test_images", "cache_dir")
-OF_BOTH = (
-    "output", "seed", "resume", "dataset", "data_dir", "train_images", "ood_images", "epochs", "lr", "batch_size",
-    "reference", "temperature",
-)  # fmt: skip
-"""Options that a head on a frozen network reads; a pretraining reads all but `OF_A_HEAD`."""
-
-
-def check_part(config: TauConfig) -> None:
-    """Raises OptionError for options that the part of the recipe which is asked for does not read: of a whole command line,
-    since presets are laid on one another."""
-    other = [one.name for one in fields(config) if getattr(config, one.name) != one.default]
-    if config.backbone is None:
-        wrong = [name for name in other if name in OF_A_HEAD]
-        which = "of a head on a frozen network: name the network with --backbone, or leave them out"
-    else:
-        wrong = [name for name in other if name not in OF_A_HEAD + OF_BOTH]
-        which = f"of a pretraining: a head on a frozen network (--backbone {config.backbone}) has none of them"
-    if wrong:
-        given = ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in wrong)
-        raise OptionError(f"{given}: options {which}")
-    if config.backbone is not None and "temperature" in other and not config.reference:
-        raise OptionError(
-            f"--temperature {config.temperature} was given; a head chooses its own t by blur, but with --reference"
-        )
-
-
-PAPER: dict[str, Any] = {
-    "network": "resnet18", "norm": "batch", "hidden": 512, "dim": 128, "batch_size": 128, "epochs": 200, "every": 10,
-    "lr": 1e-4, "weight_decay": 0.0, "queue": 65536, "momentum": 0.999, "papers_probe": True, "throughput_steps": 50,
-}  # fmt: skip
-"""The released configurations of TaU. Their LARS and weight decay had no effect (docs/recipes.md), so there are none here."""
-
-HEAD: dict[str, Any] = {"epochs": 6, "batch_size": 512}
-"""About 500 steps on 50,000 images; 70 epochs are as many on 4,000."""
-
-PRESETS: dict[str, Preset] = {
-    "smoke": {
-        "dataset": "fashion-mnist", "width": 16, "hidden": 128, "dim": 32, "train_images": 3500, "epochs": 5,
-        "lr": 2e-3, "probe_images": 2000, "ood_images": 300, "throughput_steps": 3, "check": True,
-    },
-    "default": {},
-    "paper": PAPER,
-    "paper-simclr": {"method": "simclr", "lr": 1e-3},
-    "cifar10": {"dataset": "cifar10"},
-    "fashion-mnist": {"dataset": "fashion-mnist"},
-    "tau": {"method": "tau"},
-    "tau-moco": {"method": "tau-moco"},
-    "moco": {"method": "moco"},
-    "hib": {"method": "hib"},
-    "mc-dropout": {"method": "simclr", "dropout": 0.5},
-    "mc-dropout-supervised": {"method": "supervised", "dropout": 0.5},
-    "ensemble": {"method": "simclr", "members": 5},
-    "supervised": {"method": "supervised"},
-    "reference": {"reference": True},
-    "gpu": {
-        "network": "resnet18", "norm": "batch", "epochs": 100, "every": 20, "batch_size": 512, "compile": True,
-        "throughput_steps": 50,
-    },
-    **{name: {"backbone": name, **HEAD} for name in ("resnet50", "simclr", "byol", "clip", "resnet20", "resnet56")},
-    **{
-        f"efficientnet-lite{k}": {"backbone": f"tf_efficientnet_lite{k}", **HEAD, "train_images": 4000, "epochs": 70}
-        for k in range(3)
-    },
-    "views": {"positives": "views"},
-    "labels": {"positives": "labels"},
-}  # fmt: skip
 
 
 @dataclass
@@ -219,21 +87,24 @@ class Member:
 def run(config: TauConfig) -> None:
     """Pretrain, evaluate and report; or fit a temperature head on a frozen network.
 
-    Raises OptionError for options that would not be read, and PosthocError, if asked to check, where linear evaluation is no
-    better than that of random features.
+    Raises OptionError for options that would not be read, DataError, before the training, for data that are too few to judge
+    it, and PosthocError, if asked to check, where linear evaluation is no better than that of random features.
     """
     check_part(config)
     run = Run("tau", config)
     if config.backbone is not None:
         return run_posthoc(config, run)
-    train, held_out, test = open_images(config, run)
+    train, held_out, test = open_images(config)
+    check_probed(config, train, test)
+    judged = Judged(train, test, *other_sets(config.dataset, config.data_dir, config.ood_images, test))
+    sets = (train, held_out, test, *judged.others.values())
+    run.stands_on(*judged.others, *(array for one in sets for array in (one.pixels.numpy(), one.label)))
     members: list[Member] = []
     measured: dict[str, Any] = {}
     for number in range(config.members):
         member, rates = train_member(config, run, number, train, held_out)
         members.append(member)
         measured = measured or rates
-    judged = Judged(train, test, *other_sets(config.dataset, config.data_dir, config.ood_images, test))
     if config.method == "supervised":
         named = {config.dataset: test, **judged.others}
         judged.live = odin(members[0].method.network, named, run.device, config.output / "features")
@@ -250,6 +121,18 @@ def run(config: TauConfig) -> None:
             f"{GAIN:+.3f} or more"
         )
     return None
+
+
+def check_probed(config: TauConfig, train: Images, test: Images) -> None:
+    """Raises DataError where the images that linear evaluation looks at are of one class, or so few that none is held out."""
+    label = train.label[: config.probe_images]
+    check_judged(label, test.label, config.dataset, papers=False)
+    held_out = row_uniform(np.arange(len(label)), config.seed) < HELD_OUT_SHARE
+    if held_out.all() or not held_out.any():
+        raise DataError(
+            f"{held_out.sum()} of {len(label)} images that are probed are held out to choose the strength of the linear "
+            "evaluation, which needs images on either side: give more --probe-images"
+        )
 
 
 def train_member(

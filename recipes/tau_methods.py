@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional
 
+from ..adapters.distributed import check_launch
 from ..adapters.errors import BackboneError
 from ..adapters.gathering import gather_rows
 from ..adapters.losses import HedgedGaussian, MomentumContrast, NTXent, TaU, TaUMoCo
@@ -21,7 +22,7 @@ from .pretraining_networks import PretrainingNetwork
 from .view_batches import BLOCK, Images, ViewBatches
 
 if TYPE_CHECKING:
-    from .tau import TauConfig
+    from .tau_options import TauConfig
 
 NOISE, SAMPLES = 600, 601  # streams of random numbers
 UNCERTAIN = ("tau", "tau-moco", "hib")
@@ -117,10 +118,11 @@ class Hedged(Method):
     def __init__(self, network: PretrainingNetwork, config: TauConfig) -> None:
         super().__init__(network, config)
         self.loss = HedgedGaussian(0.5, 0.0, config.samples, 1e-4)
+        self.rank = 0 if config.gather else check_launch().rank  # samples are of all images, or of each process's own
 
     def forward(self, first: Tensor, second: Tensor, step: int, kept: Tensor | None) -> Tensor:
         one, other = (posterior(rows) for rows in self.embed((first, second), kept).unbind(1))
-        return self.loss(one, other, generator=step_generator(self.config.seed, SAMPLES, step))
+        return self.loss(one, other, generator=step_generator(self.config.seed, SAMPLES, step, self.rank))
 
 
 class Supervised(Method):

@@ -31,7 +31,7 @@ from .tau_report import draw_ood, ood_lines
 from .tau_scores import NEIGHBOURS
 
 if TYPE_CHECKING:
-    from .tau import TauConfig
+    from .tau_options import TauConfig
 
 SIDE = 64
 """Pixels of an image in the grid."""
@@ -161,8 +161,9 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
     train = some_of(open_set(config, "train"), config.train_images)
     test = some_of(open_set(config, "test"), config.test_images)
     backbone = frozen_backbone(config).to(run.device)
-    run.stands_on(train.fingerprint(), test.fingerprint(), backbone.fingerprint())
     others, notes = other_sources(config.dataset, config.data_dir, config.ood_images)
+    judged = (part for name, one in others.items() for part in (name, one.fingerprint()))
+    run.stands_on(train.fingerprint(), test.fingerprint(), backbone.fingerprint(), *judged)
     model, head = fitted(config, backbone, train)
     features = {
         name: backbone.extract(one, cache_dir=config.cache_dir)
@@ -180,7 +181,8 @@ def run_posthoc(config: TauConfig, run: Run) -> None:
 def fitted(config: TauConfig, backbone: Backbone, train: Source) -> tuple[UncertainModel, TemperatureHead]:
     """The head on the network, fitted by the options; its training is in the run's folder `head`."""
     # as released: one linear layer, its loss, and t as given; else the library's head, which chooses t by blur
-    head = TemperatureHead(config.temperature, depth=0, reference=True) if config.reference else TemperatureHead()
+    released: dict[str, Any] = {"base_temperature": config.temperature, "depth": 0, "reference": True}
+    head = TemperatureHead(**(released if config.reference else {}), gather=config.gather)
     model = wrap(backbone, head)
     model.fit(
         train,

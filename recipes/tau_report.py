@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 from ..adapters.training_loop import Record
 from ..eval.plots import COLOURS, DASHES, MARKERS, legend, page
 from .pretraining import told_throughput
-from .pretraining_evaluation import auroc
+from .pretraining_evaluation import auroc, scores_in
 
 
 def draw(folder: Path, records: Sequence[Sequence[Record]], results: Mapping[str, Any]) -> None:
@@ -40,12 +41,12 @@ def draw_ood(folder: Path, tables: Mapping[str, Any]) -> None:
     """The AUROC of each score against each other set, with intervals, into `ood.png`; nothing where there is no such set."""
     if not tables:
         return
-    names = list(next(iter(tables.values()))["scores"])
+    names = scores_in(tables)
     with page(folder / "ood.png", 2.2 + 1.5 * len(tables), 4.2) as figure:
         axis = figure.subplots()
         for place, name in enumerate(names):
-            x = [k + 0.7 * (place + 0.5) / len(names) - 0.35 for k in range(len(tables))]
-            cells = [table["scores"][name]["auroc"] for table in tables.values()]
+            rows = [(k, table["scores"][name]) for k, table in enumerate(tables.values()) if name in table["scores"]]
+            x, cells = [k + 0.7 * (place + 0.5) / len(names) - 0.35 for k, _ in rows], [row["auroc"] for _, row in rows]
             value = [cell["value"] for cell in cells]
             ends = [[v - c["low"] for v, c in zip(value, cells, strict=True)]]
             ends.append([c["high"] - v for v, c in zip(value, cells, strict=True)])
@@ -58,14 +59,15 @@ def draw_ood(folder: Path, tables: Mapping[str, Any]) -> None:
 
 
 def ood_lines(tables: Mapping[str, Any]) -> list[str]:
-    """AUROCs as Markdown: scores down, sets across."""
+    """AUROCs as Markdown: scores down, sets across; below, which scores were left out, and why."""
     if not tables:
         return ["no other set is at hand: no AUROC"]
     lines = ["| AUROC | " + " | ".join(tables) + " |", "|---" * (len(tables) + 1) + "|"]
-    for name in next(iter(tables.values()))["scores"]:
-        cells = " | ".join(f"{auroc(tables, one, name):.3f}" for one in tables)
-        lines.append(f"| {name} | {cells} |")
-    return lines
+    for name in scores_in(tables):
+        values = [auroc(tables, one, name) for one in tables]
+        lines.append(f"| {name} | " + " | ".join("-" if isnan(value) else f"{value:.3f}" for value in values) + " |")
+    left_out = [f"{one}: {why}" for one, table in tables.items() for why in table["left_out"].values()]
+    return [*lines, "", *left_out] if left_out else lines
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from .tau_methods import UNCERTAIN, posterior
 from .view_batches import Images
 
 if TYPE_CHECKING:
-    from .tau import TauConfig
+    from .tau_options import TauConfig
 
 NEIGHBOURS = 10
 PASSES = 602  # a stream of random numbers
@@ -45,7 +45,7 @@ def uncertainties(
     device: torch.device,
     test: Encoded | None = None,
 ) -> dict[str, np.ndarray]:
-    """Scores float32 [N] of images by name, from one network or the members of an ensemble.
+    """Scores [N] of images by name, from one network or the members of an ensemble.
 
     Args:
         training: what each network made of training images, which neighbours are looked for among.
@@ -73,12 +73,13 @@ def uncertainties(
 
 
 def own_scores(projection: np.ndarray, config: TauConfig) -> dict[str, np.ndarray]:
-    """What a method says of its own projections [N, D], float32 [N] by name; a plain contrast says nothing."""
+    """What a method says of its own projections [N, D], [N] by name; a plain contrast says nothing."""
     rows = torch.from_numpy(projection)
     if config.method in ("tau", "tau-moco"):
         raw = rows[:, -1]
         return {
-            "tau": temperature(raw, config.temperature).numpy(),
+            # in float64: 1 + e^-r, where the loss drives r up, ranks coarsely in float32 from 14 and is 1 from 17
+            "tau": temperature(raw.double(), config.temperature).numpy(),
             "-r^2, as released": -raw.square().numpy(),
         }
     if config.method == "hib":

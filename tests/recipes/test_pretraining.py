@@ -10,24 +10,34 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as reference
 
 from posthoc.adapters.distributed import Launch
-from posthoc.adapters.errors import BackboneError, OptionError
+from posthoc.adapters.errors import BackboneError, DataError, OptionError
 from posthoc.adapters.source_arrays import ArraySource, ListSource
 from posthoc.adapters.training_loop import run_plan, step_generator
 from posthoc.eval.dataset_classes import CLASSES
+from posthoc.eval.dataset_readers import TINY_IMAGENET
 from posthoc.eval.plots import gallery
 from posthoc.eval.probe_protocols import TAU, sgd_probe
 from posthoc.eval.probes import linear_probe
 from posthoc.recipes.augmentations import Augmentation
 from posthoc.recipes.image_sets import Chosen, other_sets, other_sources, shaped, spread_over
-from posthoc.recipes.pretraining import Ahead, PretrainingConfig, own_view_found, throughput
-from posthoc.recipes.pretraining_evaluation import PROBE, Encoded, certainty_grid, worth
-from posthoc.recipes.pretraining_networks import PretrainingNetwork, image_encoder, projection_head, synchronised
+from posthoc.recipes.networks import SmallConvNet
+from posthoc.recipes.pretraining import Ahead, PretrainingConfig, in_memory, open_images, own_view_found, throughput
+from posthoc.recipes.pretraining_evaluation import PROBE, Encoded, auroc, certainty_grid, ood_tables, scores_in, worth
+from posthoc.recipes.pretraining_networks import (
+    PretrainingNetwork,
+    image_encoder,
+    projection_head,
+    synchronised,
+    whole_network,
+)
+from posthoc.recipes.tau_report import draw_ood, ood_lines
 from posthoc.recipes.view_batches import BLOCK, Augmented, Images, ViewBatches, fixed_views
 
 from .recipe_data import write_idx
@@ -78,6 +88,29 @@ def test_a_stem_becomes_cifars_or_the_network_is_refused(name: str, layer: str |
     assert getattr(own, layer).stride == (2, 2)
     factor = 4 if layer == "conv1" else 2
     assert maps.shape[-1] == factor * own.forward_features(torch.zeros(1, 3, 32, 32)).shape[-1]
+
+
+def test_a_network_that_is_built_for_a_size_is_told_it() -> None:
+    assert image_encoder("deit_tiny_patch16_224", 3, 32, stem="own").size == 192
+    with pytest.raises(BackboneError, match="'crossvit_tiny_240' takes no images of 32 px"):
+        image_encoder("crossvit_tiny_240", 3, 32, stem="own")
+    drawn = []
+    for make in (lambda: whole_network("resnet10t", 3, 32), lambda: timm.create_model("resnet10t", num_classes=0)):
+        torch.manual_seed(0)
+        drawn.append([*make().state_dict().values(), torch.rand(1)])
+    assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True)), "asking draws no random number"
+
+
+@pytest.mark.parametrize("width", [7, 12, 20, 32])
+def test_networks_may_have_any_width(width: int) -> None:
+    encoder = image_encoder("small", 3, 16, width=width)
+    assert encoder(torch.rand(2, 3, 16, 16)).shape == (2, 8 * width)
+    plain = SmallConvNet(3, 5, width)
+    assert plain(torch.rand(2, 3, 16, 16)).shape == (2, 5)
+    groups = {7: [1, 2, 4, 8], 12: [4, 8, 8, 8], 20: [4, 8, 8, 8], 32: [8] * 4}[width]
+    for network, count in ((encoder, 4), (plain, 3)):
+        found = [part.num_groups for part in network.modules() if isinstance(part, nn.GroupNorm)]
+        assert found == groups[:count]
 
 
 def test_batchnorm_is_synchronised_on_gpus_only() -> None:
@@ -256,6 +289,66 @@ def test_images_of_classes_that_both_sets_have_are_left_out(tmp_path: Path) -> N
     assert "without 2 images of classes that cifar10 has too" in notes["cifar100"]
     assert "svhn cannot be read" in notes["svhn"]
     assert "cifar100" not in other_sources("cifar100", tmp_path, 3)[0]
+
+
+def test_tiny_imagenet_is_read_from_its_files(tmp_path: Path) -> None:
+    """Which are sorted by class: training, held-out and probed images are not."""
+    base = tmp_path / "tiny-imagenet-200"
+    lines = []
+    for label, name in enumerate(TINY_IMAGENET[:2]):
+        (base / "train" / name / "images").mkdir(parents=True)
+        for number in range(50):
+            flat = Image.new("RGB", (64, 64), (100 * label, 2 * number, 0))
+            flat.save(base / "train" / name / "images" / f"{name}_{number}.JPEG", quality=95)
+    (base / "val" / "images").mkdir(parents=True)
+    for number, label in enumerate((1, 0, 1)):
+        Image.new("L", (64, 64), 80 * number).save(base / "val" / "images" / f"val_{number}.JPEG")
+        lines.append(f"val_{number}.JPEG\t{TINY_IMAGENET[label]}\t0\t0\t62\t62\n")
+    (base / "val" / "val_annotations.txt").write_text("".join(lines))
+    config = PretrainingConfig(dataset="tiny-imagenet", data_dir=tmp_path, batch_size=32, train_images=60)
+    train, held_out, test = open_images(config)
+    assert (len(train), len(held_out)) == (54, 6)
+    assert train.size == test.size == (3, 64, 64)
+    shades = []
+    for images in (train, held_out):
+        assert set(images.label) == {0, 1}
+        colour = images.pixels.double().mean((2, 3)).numpy()
+        np.testing.assert_allclose(colour[:, 0], 100 * images.label, atol=4)
+        shades += [
+            (int(label), round(float(value) / 2)) for label, value in zip(images.label, colour[:, 1], strict=True)
+        ]
+    assert len(set(shades)) > 50, "no image is there twice"
+    assert test.label.tolist() == [1, 0, 1], "scores are in the set's order"
+    np.testing.assert_allclose(test.pixels.double().mean((1, 2, 3)).numpy(), [0, 80, 160], atol=2)
+    again, *_ = open_images(config)
+    assert torch.equal(again.pixels, train.pixels)
+    for size, label in (((9, 5), [0]), ((65, 65), [0]), ((8, 8), None)):
+        with pytest.raises(DataError, match="expected labelled square images of up to 64 px"):
+            in_memory(ListSource([Image.new("RGB", size)], label, name="list"), np.arange(1))
+
+
+def test_a_constant_score_is_left_out_and_told(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    still = np.full(30, 0.1)
+    inside = {"kNN": rng.random(30), "tau": still}
+    outside = {"a": {"kNN": rng.random(20), "tau": still[:20]}, "b": {"kNN": rng.random(20), "tau": rng.random(20)}}
+    tables = ood_tables(inside, outside, 0, {"a": "a note"})
+    why = "score 'tau' is constant (0.1 for every image): it ranks nothing"
+    assert [table["left_out"] for table in tables.values()] == [{"tau": why}, {}]
+    assert list(tables["a"]["scores"]) == ["kNN"]
+    assert "a note" in tables["a"]["notes"]
+    assert scores_in(tables) == ["kNN", "tau"]
+    assert np.isnan(auroc(tables, "a", "tau"))
+    assert auroc(tables, "b", "tau") == pytest.approx((outside["b"]["tau"] > 0.1).mean())
+    lines = ood_lines(tables)
+    assert lines[3] == f"| tau | - | {auroc(tables, 'b', 'tau'):.3f} |"
+    assert lines[4:] == ["", f"a: {why}"]
+    draw_ood(tmp_path, tables)
+    assert (tmp_path / "ood.png").is_file()
+    nothing = ood_tables({"tau": still}, {"a": {"tau": still}}, 0, {"a": "a note"})
+    assert (nothing["a"]["scores"], nothing["a"]["notes"]) == ({}, ["a note"])
+    assert ood_lines(nothing)[-1] == f"a: {why}"
+    draw_ood(tmp_path, nothing)
 
 
 def test_what_features_are_worth(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import runpy
 import shutil
@@ -19,15 +20,16 @@ from torch import nn
 from torch.distributions import Normal
 
 from posthoc.adapters.distributed import Launch
-from posthoc.adapters.errors import BackboneError, OptionError
+from posthoc.adapters.errors import BackboneError, DataError, OptionError
 from posthoc.adapters.heads import temperature as temperature_head
 from posthoc.adapters.losses import HedgedGaussian, NTXent, TaU, TaUMoCo
 from posthoc.adapters.losses.tau import temperature
 from posthoc.adapters.model import UncertainModel
+from posthoc.adapters.splits import row_uniform
 from posthoc.adapters.training_loop import step_generator
 from posthoc.adapters.weights import read_checkpoint
 from posthoc.eval.ood import Ood
-from posthoc.recipes import tau
+from posthoc.recipes import tau, tau_options
 from posthoc.recipes.augmentations import Augmentation
 from posthoc.recipes.masked_dropout import MaskedDropout, draw_masks, dropouts, dropping
 from posthoc.recipes.networks import StridedConvNet
@@ -36,7 +38,7 @@ from posthoc.recipes.pretraining import own_view_found
 from posthoc.recipes.pretraining_evaluation import encode
 from posthoc.recipes.pretraining_networks import PretrainingNetwork
 from posthoc.recipes.small_image_networks import small_image_network
-from posthoc.recipes.tau import TauConfig, make_network, settle, watched
+from posthoc.recipes.tau import make_network, settle, watched
 from posthoc.recipes.tau_methods import (
     SAMPLES,
     Batches,
@@ -46,8 +48,9 @@ from posthoc.recipes.tau_methods import (
     posterior,
     with_dropout,
 )
+from posthoc.recipes.tau_options import TauConfig
 from posthoc.recipes.tau_posthoc import encoder_weights, frozen_backbone, open_set
-from posthoc.recipes.tau_scores import papers_neighbours, spread, uncertainties
+from posthoc.recipes.tau_scores import own_scores, papers_neighbours, spread, uncertainties
 from posthoc.recipes.view_batches import BLOCK, Images, ViewBatches
 
 from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
@@ -123,11 +126,50 @@ def test_a_killed_run_goes_on_to_the_same_result(folder: Path, unbroken: dict[st
 
 def test_two_processes_are_one(folder: Path) -> None:
     one = results("tau", [*SHORT, "of-1", "--dropout", "0.1"], folder)
-    two = results_of_two("tau", [*SHORT, "of-2", "--dropout", "0.1"], folder)
+    timed = [*SHORT, "of-2", "--dropout", "0.1"]
+    timed[timed.index("--throughput-steps") + 1] = "1"
+    two = results_of_two("tau", timed, folder)
     for a, b in zip(records(folder / "of-1"), records(folder / "of-2"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     assert two["scores"]["tau"] == pytest.approx(one["scores"]["tau"], rel=1e-3)
     assert two["random_features"] == one["random_features"]
+    assert one["throughput"] == {}
+    assert two["throughput"]["share"] > 0
+
+
+FROZEN = "--backbone resnet20 --random-weights --dataset fashion-mnist --data-dir data --cache-dir store --views 2"
+
+
+def test_two_processes_fit_a_head_as_one(folder: Path) -> None:
+    options = "--train-images 120 --test-images 60 --ood-images 40 --epochs 2 --batch-size 64 --reference --output"
+    one = results("tau", [*FROZEN.split(), *options.split(), "head-of-1"], folder)
+    two = results_of_two("tau", [*FROZEN.split(), *options.split(), "head-of-2"], folder)
+    for name in ("train_loss", "held_out_loss"):
+        assert two["fit"][name] == pytest.approx(one["fit"][name], rel=1e-4)
+    tau_of_two, tau_of_one = (found["ood"]["mnist"]["scores"]["tau"]["auroc"]["value"] for found in (two, one))
+    assert tau_of_two == pytest.approx(tau_of_one, abs=2e-3)
+
+
+def test_a_run_stands_on_all_that_it_is_judged_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*given: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr(tau, "train_member", stop)
+    monkeypatch.setattr("posthoc.recipes.tau_posthoc.fitted", stop)
+    shutil.copytree(folder / "data", tmp_path / "data")
+    found: list[str] = []
+    for number in (0, 1):
+        write_idx(tmp_path / "data/MNIST/raw", "t10k", np.full((100, 16, 16), number, np.uint8), np.arange(100) % 10)
+        for words in ([*SHORT, f"trained-{number}"], [*FROZEN.split(), "--output", f"head-{number}"]):
+            with pytest.raises(Stop):
+                results("tau", words, tmp_path)
+            found.append(json.loads((tmp_path / words[-1] / "config.json").read_text())["content"])
+    assert len(set(found)) == 4
 
 
 @pytest.mark.parametrize(
@@ -143,6 +185,8 @@ def test_two_processes_are_one(folder: Path) -> None:
 def test_every_baseline_has_its_score(folder: Path, words: str, own: list[str]) -> None:
     name = words.replace(" ", "").lstrip("-")
     short = [*SMALL, "--train-images", "150", "--epochs", "1", *words.split(), "--output", name]
+    if "supervised" in words:  # which has no projection
+        short = " ".join(short).replace("--hidden 32 --dim 16", "").split()
     found = results("tau", short, folder)
     papers = {"linear_papers_sgd_unaugmented", "nearest_papers_two_views", "nearest_papers_one_view"}
     assert (papers <= set(found["worth"])) == (papers <= set(found["random_features"])) == ("papers" in words)
@@ -175,7 +219,7 @@ def test_the_losses_are_the_librarys(generator: torch.Generator) -> None:
     method = make_method(make_network(config, images), config)
     assert isinstance(method, Hedged)
     one, other = (posterior(method.network(view)[1]) for view in views)
-    theirs = HedgedGaussian(0.5, 0.0, 4, 1e-4)(one, other, generator=step_generator(0, SAMPLES, 7))
+    theirs = HedgedGaussian(0.5, 0.0, 4, 1e-4)(one, other, generator=step_generator(0, SAMPLES, 7, 0))
     torch.testing.assert_close(method(*views, 7, None), theirs)
     assert isinstance(one, Normal)
     assert (one.stddev[:, :1] == one.stddev).all()
@@ -284,6 +328,19 @@ def test_processes_contrast_their_own_images_only_where_it_is_asked_for(
         torch.testing.assert_close(method(*views, 0, None), NTXent(0.1)(rows[:, 0], rows[:, 1]))
 
 
+def test_processes_that_contrast_their_own_images_draw_their_own_samples(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = [torch.rand(32, 3, 8, 8, generator=generator) for _ in range(2)]
+    monkeypatch.setattr("posthoc.recipes.tau_methods.gather_rows", lambda rows: rows)
+    for gather in (True, False):
+        config, losses = small(method="hib", gather=gather), []
+        for rank in (0, 1):
+            monkeypatch.setattr("posthoc.recipes.tau_methods.check_launch", lambda rank=rank: Launch(rank, 2))
+            losses.append(make_method(make_network(config, some_images(64)), config)(*views, 0, None).item())
+        assert (losses[0] == losses[1]) == gather
+
+
 def test_batches_hold_what_a_method_takes() -> None:
     images = some_images(70)
     network = nn.Sequential(MaskedDropout(0.5, 3), MaskedDropout(0.5, 4))
@@ -344,6 +401,13 @@ def test_scores_by_hand() -> None:
     own = torch.from_numpy(known.projection[:, :6])
     assert seen["own_view_found"] == own_view_found(own, own) > 0.5
     assert seen["tau_50"] == pytest.approx(float(temperature(raw, 0.1).quantile(0.5)), rel=1e-5)
+
+
+def test_temperatures_that_come_near_t_still_rank() -> None:
+    raw = torch.linspace(14, 30, 200)
+    found = own_scores(torch.cat([torch.zeros(200, 6), raw[:, None]], 1).numpy(), small())
+    assert (np.diff(found["tau"]) < 0).all()
+    assert (temperature(raw, 0.1) == 0.1).any()  # as they do not in float32
 
 
 def test_random_features_get_batchnorms_statistics() -> None:
@@ -516,7 +580,7 @@ def test_the_networks_own_weights_are_found_in_a_pretrainings(generator: torch.G
 @pytest.mark.parametrize("preset", tau.PRESETS)
 def test_every_preset_is_a_config(preset: str) -> None:
     options = tau.PRESETS[preset]
-    size = "default" if set(options) & set(tau.OF_A_HEAD) else "paper"
+    size = "default" if set(options) & set(tau_options.OF_A_HEAD) else "paper"
     config = parse("tau", TauConfig, tau.PRESETS, None, ["--preset", size, preset, "--seed", "1337"])
     assert config.seed == 1337
     assert {key: getattr(config, key) for key in options} == options
@@ -527,10 +591,10 @@ def test_every_preset_is_a_config(preset: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--members 3 --papers-probe", "--members 3, --papers-probe True: options of a pretraining"),
+        ("--members 3 --papers-probe", "--members 3, --papers-probe: options of a pretraining"),
         ("--method simclr", r"--method simclr: options of a pretraining: a head .* \(--backbone resnet20\)"),
         ("--dropout 0.5", "--dropout 0.5"),
-        ("--check", "--check True"),
+        ("--check", "--check: options"),
         ("--width 16", "--width 16"),
         ("--tracker wandb", "--tracker"),
         ("--temperature 0.05", r"--temperature 0\.05 was given; a head chooses its own t by blur"),
@@ -547,14 +611,39 @@ def test_a_pretraining_refuses_what_it_would_not_read(words: str) -> None:
         tau.check_part(parse("tau", TauConfig, tau.PRESETS, None, words.split()))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--method simclr --include-positive", "--include-positive: only read with --method tau"),
+        ("--method simclr --queue 7 --momentum 0.5", "--queue 7, --momentum 0.5: only read with --method moco"),
+        ("--method moco --no-gather", "--no-gather: only read with --method tau, simclr or hib"),
+        ("--samples 3", "--samples 3: only read with --method hib"),
+        ("--method supervised --temperature .5", "--temperature 0.5: only read with a contrast"),
+        ("--method supervised --dim 16", "--dim 16: only read with a projection"),
+        ("--method simclr --passes 4", "--passes 4: only read with --dropout"),
+        ("--network resnet18 --width 5", "--width 5: only read with --network small"),
+        ("--stem own", "--stem own: only read with a timm network"),
+        ("--network resnet20 --stem own", "--stem own: only read with a timm network"),
+    ],
+)  # fmt: skip
+def test_options_that_nothing_reads_are_refused(words: str, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        tau.check_part(parse("tau", TauConfig, tau.PRESETS, None, words.split()))
+
+
+def test_what_a_size_sets_is_no_mistake() -> None:
+    for words in ("paper supervised", "smoke supervised", "smoke tau-moco", "smoke --network resnet18", "paper hib"):
+        tau.check_part(parse("tau", TauConfig, tau.PRESETS, None, ["--preset", *words.split()]))
+
+
 def test_options_that_both_read_are_no_refusals() -> None:
-    words = "--reference --temperature 0.05 --epochs 3 --lr 0.1 --batch-size 64 --train-images 9 --seed 4"
+    words = "--reference --no-gather --temperature 0.05 --epochs 3 --lr 0.1 --batch-size 64 --train-images 9 --seed 4"
     config = parse("tau", TauConfig, tau.PRESETS, None, ["--preset", "clip", *words.split()])
     tau.check_part(config)
     assert (config.temperature, config.batch_size) == (0.05, 64)
     tau.check_part(parse("tau", TauConfig, tau.PRESETS, None, ["--preset", "labels", "--backbone", "resnet20"]))
     names = {one.name for one in fields(TauConfig)}
-    assert names >= {*tau.OF_A_HEAD, *tau.OF_BOTH}
+    assert names >= {*tau_options.OF_A_HEAD, *tau_options.OF_BOTH}
 
 
 @pytest.mark.parametrize(
@@ -595,8 +684,10 @@ def test_the_benchmarks_runs_are_configs(
     if "gpu" in words:
         assert (seen[0].network, seen[0].compile) == ("resnet18", True)
     if "paper" in words:
-        assert {config.lr for config in seen if config.method == "simclr" and config.dropout == 0} == {1e-3}
-        assert {config.lr for config in seen if config.method == "tau"} == {1e-4}
+        plain = [config for config in seen if config.method in ("simclr", "moco") and config.dropout == 0]
+        assert len(plain) == 5
+        assert {config.lr for config in plain} == {1e-3}
+        assert {config.lr for config in seen if config not in plain} == {1e-4}
     if words == "gather":
         assert sorted(config.gather for config in seen) == [False, False, True, True]
 
@@ -609,16 +700,17 @@ def test_what_cannot_work_is_said_before_it_is_tried(
         ({"temperature": 0.0}, r"--temperature 0\.0"),
         ({"passes": 1}, "--passes 1"),
         ({"dropout": 1.0}, r"--dropout 1\.0"),
-        ({"include_positive": True, "method": "simclr"}, "--include-positive is an option of --method tau"),
+        ({"dim": 1}, "--dim 1"),
+        ({"probe_images": 9}, "--probe-images 9"),
         ({"include_positive": True, "reference": True}, "--include-positive and --reference"),
     ):
         options: Any = wrong
         with pytest.raises(OptionError, match=said):
             TauConfig(**options)
 
-    def refused(*words: str) -> str:
+    def refused(*words: str, common: list[str] = SMALL) -> str:
         with pytest.raises(SystemExit) as exit:
-            tau.main([*SMALL, *words])
+            tau.main([*common, *words])
         assert exit.value.code == 2
         return capsys.readouterr().err
 
@@ -626,5 +718,15 @@ def test_what_cannot_work_is_said_before_it_is_tried(
     assert "of a pretraining" in refused("--backbone", "resnet20", "--random-weights", "--output", "b")
     assert not (folder / "b").exists()
     assert "fewer than a batch of 64" in refused("--train-images", "70", "--output", "a")
+    seed = next(seed for seed in range(99) if (row_uniform(np.arange(10), seed) > 0.2).all())
+    with monkeypatch.context() as patch:
+        patch.setattr(tau, "train_member", None)
+        ten = ["10" if word == "300" else word for word in SMALL]
+        few = refused("--seed", str(seed), "--output", "d", common=ten)
+    assert "0 of 10 images that are probed are held out" in few
+    images = some_images(64)
+    tau.check_probed(small(), images, images)
+    with pytest.raises(DataError, match="of one class: give more --probe-images"):
+        tau.check_probed(small(), Images(images.pixels, np.zeros(64, np.int64)), images)
     worse = refused("--train-images", "100", "--epochs", "1", "--lr", "1e-9", "--check", "--output", "c")
     assert "beside that of random features; expected +0.010 or more" in worse
