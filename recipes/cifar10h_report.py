@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from ..adapters.distributed import Launch
 from ..adapters.features import Features
@@ -26,7 +25,7 @@ from ..eval.selective_statistics import AccuracyAtCoverage
 from ..eval.statistics import Mean, Spearman, Statistic
 from ..eval.table import Cell, Table, fill, render
 from .cifar10h_data import CifarH
-from .cifar10h_training import Answer
+from .cifar10h_training import Answer, rank_correlation
 
 ENTROPY, ENERGY, NORM = "entropy", "energy", "1/feature-norm"
 TWO_VIEWS = "two views"
@@ -241,10 +240,10 @@ def judge(judged: Judged, folder: Path, launch: Launch, resamples: int, seed: in
     text = render(tables, "markdown")
     if found is not None:
         rows = credible_rows(found)
-        sizes = spearmanr(found.kappa, found.nominal.size).statistic
+        sizes = rank_correlation(found.kappa, found.nominal.size)
         both = {name: set_figures(getattr(found, name), resamples, seed) for name in ("nominal", "calibrated")}
         results["credible_sets"] = {
-            "alpha": ALPHA, **both, "radii": found.radii, "by_kappa": rows, "spearman_of_size_and_kappa": float(sizes),
+            "alpha": ALPHA, **both, "radii": found.radii, "by_kappa": rows, "spearman_of_size_and_kappa": sizes,
         }  # fmt: skip
         text += "\n\n" + _credible_text(rows, list(both.values()))
 
@@ -268,7 +267,7 @@ def _fold_figures(judged: Judged, scores: Mapping[str, np.ndarray]) -> list[dict
         history = fold.history
         figures.append({
             "before": fold.first, "best": history.records[history.best], "seconds": fold.seconds,
-            "human_spearman": {name: float(spearmanr(u[rows, 0], doubt).statistic) for name, u in scores.items()},
+            "human_spearman": {name: rank_correlation(u[rows, 0], doubt) for name, u in scores.items()},
         })  # fmt: skip
     return figures
 

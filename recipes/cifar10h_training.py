@@ -202,7 +202,7 @@ def check_distinct(found: Answer, fold: int) -> None:
         )
 
 
-def _rank_correlation(score: np.ndarray, target: np.ndarray) -> float:
+def rank_correlation(score: np.ndarray, target: np.ndarray) -> float:
     """Spearman's, and 0 of a score that is the same for all images: it ranks nothing."""
     return 0.0 if np.ptp(score) == 0 or np.ptp(target) == 0 else float(spearmanr(score, target).statistic)
 
@@ -219,7 +219,7 @@ class Watch:
     def __call__(self) -> Record:
         network, rows = self.step.network, self.rows
         found = answer(network, self.step.inputs, rows)
-        human = _rank_correlation(found.uncertainty, vote_entropy(self.votes[rows]))
+        human = rank_correlation(found.uncertainty, vote_entropy(self.votes[rows]))
         label = self.votes[rows].argmax(1)
         figures = {
             "validation_loss": self._loss(found),
@@ -228,7 +228,7 @@ class Watch:
         }
         if self.config.keep == "crop":
             crops = answer(network, self.step.inputs, rows, crop=True)
-            figures["crop_spearman"] = _rank_correlation(crops.uncertainty, 1 - self.fractions[rows])
+            figures["crop_spearman"] = rank_correlation(crops.uncertainty, 1 - self.fractions[rows])
             figures["judged"] = -figures["crop_spearman"]
         elif self.config.keep == "human":
             figures["judged"] = -human

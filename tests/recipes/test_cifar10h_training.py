@@ -18,7 +18,7 @@ from posthoc.adapters.vmf import VonMisesFisher
 from posthoc.recipes.cifar10h import Cifar10HConfig
 from posthoc.recipes.cifar10h_data import FeatureInputs
 from posthoc.recipes.cifar10h_networks import PosteriorNetwork, cifar_backbone, trainable_copy
-from posthoc.recipes.cifar10h_training import Answer, Step, _rank_correlation, answer, check_distinct, make_loss
+from posthoc.recipes.cifar10h_training import Answer, Step, answer, check_distinct, make_loss, rank_correlation
 from posthoc.recipes.networks import CifarResNet
 from posthoc.recipes.running import seeded
 
@@ -175,8 +175,8 @@ def test_a_kappa_at_its_bound_is_told() -> None:
     check_distinct(Answer(direction, np.array([0.1, 0.1, 0.1, 0.11]), np.array([10.0, 10.0, 10.0, 9.0])), 2)
     with pytest.raises(PosthocError, match="the entropy is the same"):
         check_distinct(Answer(direction, np.zeros(4), logits=np.zeros((4, 10))), 0)
-    assert _rank_correlation(found.uncertainty, np.arange(4.0)) == 0.0
-    assert _rank_correlation(np.array([1.0, 2.0, 4.0, 8.0]), np.arange(4.0)) == pytest.approx(1.0)
+    assert rank_correlation(found.uncertainty, np.arange(4.0)) == 0.0
+    assert rank_correlation(np.array([1.0, 2.0, 4.0, 8.0]), np.arange(4.0)) == pytest.approx(1.0)
 
 
 def test_untrained_backbones_features_are_normalised_image_by_image() -> None:
