@@ -63,7 +63,10 @@ PARTS: dict[str, tuple[Case, ...]] = {
                 )
             },
             **{f"encoder of {d} dimensions": f"--encoder-dim {d}" for d in (4, 16)},
-            "dim-16, batch and samples of the default": "--preset dim-16 --batch-size 128 --samples 16",
+            **{
+                f"dim-{d}, batch and samples of the default": f"--preset dim-{d} --batch-size 128 --samples 16"
+                for d in (16, 32)
+            },
             "negatives averaged, as in the paper": "--negative-weight None",
         }.items()
     ),

@@ -369,7 +369,7 @@ def test_too_many_images_to_evaluate_are_told_by_their_option(
     assert capsys.readouterr().err.endswith("--samples or --eval-rows\n")
 
 
-@pytest.mark.parametrize(("part", "count"), [("losses", 17), ("samplers", 27), ("variants", 13)])
+@pytest.mark.parametrize(("part", "count"), [("losses", 17), ("samplers", 27), ("variants", 14)])
 def test_the_benchmarks_table_has_every_seed(
     part: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
