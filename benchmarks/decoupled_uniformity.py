@@ -5,8 +5,8 @@
     python benchmarks/decoupled_uniformity.py --data DATA --dataset cifar10 -- --train-images 12000 --epochs 4
 
 DATA is a folder of data sets, with tf_efficientnet_lite0.safetensors for the prior of that network (timm fetches it otherwise).
-Attributes are of omniglot, cub200 and utzappos alone. A run that is there is read, not repeated; one that was killed goes on.
-What stands behind -- goes to the recipe. Writes and prints DATASET.md.
+Attributes are of omniglot, cub200 and utzappos alone; chexpert's labels, not all of them known, are no prior. A run that is
+there is read, not repeated; one that was killed goes on. What stands behind -- goes to the recipe. Writes and prints DATASET.md.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from recipe_runs import carried_out, spread
 
+from posthoc.recipes.decoupled_uniformity_data import SEVERAL
 from posthoc.recipes.decoupled_uniformity_report import SEEN, seen_by
 
 PRIORS: dict[str, list[str]] = {
@@ -31,11 +32,20 @@ PRIORS: dict[str, list[str]] = {
 WITH_ATTRIBUTES = ("omniglot", "cub200", "utzappos")
 
 
+def priors_of(dataset: str) -> dict[str, list[str]]:
+    """The priors that a data set has."""
+    lacking = {"attributes"} if dataset not in WITH_ATTRIBUTES else set()
+    if dataset in SEVERAL:
+        lacking.add("labels")
+    return {name: more for name, more in PRIORS.items() if name not in lacking}
+
+
 def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Priors down; whether they have seen labels, how much they smooth, and what the features are worth, in percent."""
     first = next(iter(found.values()))
     columns = [name for name, value in first[0]["worth"].items() if isinstance(value, float)]
-    head = ["prior", "labels", "weight on itself", *(name.replace("_", " ") for name in columns)]
+    names = (f"{name.replace('auc', 'AUC').replace('_', ' ')}, %" for name in columns)
+    head = ["prior", "labels", "weight on itself", *names]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, runs in found.items():
         told = runs[0]["prior"]
@@ -63,9 +73,10 @@ def main() -> None:
     unknown = set(arguments.only or ()) - set(PRIORS)
     if unknown:
         parser.error(f"--only {', '.join(sorted(unknown))}: the priors are {', '.join(PRIORS)}")
-    priors = {name: more for name, more in PRIORS.items() if name in (arguments.only or PRIORS)}
-    if arguments.dataset not in WITH_ATTRIBUTES:
-        priors.pop("attributes", None)
+    known = priors_of(arguments.dataset)
+    priors = {name: more for name, more in known.items() if name in (arguments.only or known)}
+    if not priors:
+        parser.error(f"--only {', '.join(arguments.only)}: {arguments.dataset} has the priors {', '.join(known)}")
     common = ["--preset", arguments.dataset, "--data-dir", str(arguments.data), *words[cut + 1 :]]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in priors}
     folder = arguments.output / arguments.dataset

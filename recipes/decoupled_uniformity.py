@@ -107,7 +107,8 @@ class UniformityConfig(PretrainingConfig):
     rotation: float = 0.0
     """a view is turned by up to so many degrees"""
     papers_probe: bool = False
-    """also the paper's linear evaluation; not of chexpert, whose labels are judged one by one"""
+    """also the paper's linear evaluation, of imagenet100 on features of unaugmented images; not of chexpert, whose labels are
+    judged one by one"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

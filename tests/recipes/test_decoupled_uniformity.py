@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -309,6 +310,80 @@ def test_the_autoencoders_loss_is_its_elbo(generator: torch.Generator) -> None:
 def test_what_cannot_work_is_said_at_once(words: str, said: str) -> None:
     with pytest.raises(OptionError, match=said):
         parse("decoupled_uniformity", UniformityConfig, PRESETS, None, words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--ridge nan", r"ridge=nan"),
+        ("--sigma nan", "--sigma nan was given"),
+        ("--t nan", "t=nan was given"),
+        ("--weight-decay -1", r"--weight-decay -1\.0 was given; expected 0 or more"),
+        ("--final-lr nan", "--final-lr nan was given"),
+        ("--optimizer sgd --momentum nan", "--momentum nan was given"),
+        ("--rotation nan", "rotation=nan"),
+        ("--jitter nan", "brightness=nan"),
+        ("--smallest-crop nan", "scale=nan"),
+        ("--blur -1", r"blur=-1\.0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(words: str, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        parse("decoupled_uniformity", UniformityConfig, PRESETS, None, ["--prior", "vae", *words.split()])
+
+
+def test_imagenet100s_probe_on_plain_images_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """spec/decoupled_uniformity.md section 4: its code trains that probe on views, and all others on plain images."""
+    rng = np.random.default_rng(0)
+    feature, label = rng.normal(size=(40, 6)).astype(np.float32), np.arange(40) % 4
+    parts: Any = SimpleNamespace(feature=feature, projection=feature, label=label)
+    network: Any = SimpleNamespace(projection=nn.Sequential(nn.Linear(6, 5)))
+    scores = rng.normal(size=(40, 4))
+    for name in ("sgd_probe", "decoupled_uniformity_probe"):
+        monkeypatch.setattr(decoupled_uniformity_evaluation, name, lambda *_: scores)
+    share = (scores.argmax(1) == label).mean()
+    for dataset, key, other in (
+        ("imagenet100", "papers_protocol_unaugmented", "papers_protocol"),
+        ("cub200", "papers_protocol", "papers_protocol_unaugmented"),
+    ):
+        found = class_worth(network, parts, parts, dataset, 0, True)
+        assert found[key] == share
+        assert other not in found
+
+
+def test_the_benchmark_asks_for_the_priors_that_a_set_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(path))
+    benchmark, asked = runpy.run_path(str(path / "decoupled_uniformity.py")), []
+
+    def carried_out(recipe: str, words: list[str], folder: Path, threads: int | None) -> dict[str, Any]:
+        config = parse(recipe, UniformityConfig, PRESETS, None, words)
+        asked.append(config.prior)
+        worth = {"mean_auc": 0.75, "auc": {"Edema": 0.75}}
+        told = {"seen_labels": False, "holds_classes": False, "smoother": {"diagonal": 0.5}}
+        prior = None if config.prior is None else told
+        return {"prior": prior, "worth": worth, "random_features": worth, "made": {"seconds": 60.0}}
+
+    benchmark["main"].__globals__["carried_out"] = carried_out
+    known = {
+        "chexpert": [None, "vae", "tf_efficientnet_lite0"],
+        "cifar10": [None, "vae", "tf_efficientnet_lite0", "labels"],
+        "omniglot": [None, "vae", "tf_efficientnet_lite0", "attributes", "labels"],
+    }
+    for dataset, priors in known.items():
+        asked.clear()
+        line = ["benchmark", "--data", "data", "--dataset", dataset, "--seeds", "0", "--output", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", line)
+        (tmp_path / dataset).mkdir()
+        benchmark["main"]()
+        assert asked == priors
+        assert "| random features | not seen | - | 75.0 |" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*line, "--dataset", "chexpert", "--only", "labels"])
+    with pytest.raises(SystemExit):
+        benchmark["main"]()
+    assert "chexpert has the priors no kernel, VAE, EfficientNet-Lite0" in capsys.readouterr().err
 
 
 def test_a_kernel_stands_where_there_is_a_prior() -> None:
