@@ -75,7 +75,7 @@ def judge(
 
     Args:
         answer: of the part's images. score: their uncertainty [N]; ood: that of other images, by the name of their set.
-        reference: also mAP, ECE and AUSC as the paper's code counts them.
+        reference: also mAP, ECE, AUSC and AUPR as the paper's code counts them.
     """
     found = found_images(answer.mean_direction.numpy(), part)
     available = found.hits.shape[1]
@@ -102,6 +102,8 @@ def judge(
         for name, others in ood.items():
             row[f"AUROC {name}"] = metrics.auroc(score, others)
             row[f"AUPR {name}"] = metrics.aupr_out(score, others)
+            if reference:
+                row[f"reference AUPR {name}"] = retrieval.lam_aupr(score, others)
     return Judged(row, both, hit, votes)
 
 

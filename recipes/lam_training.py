@@ -15,7 +15,7 @@ from ..adapters.distributed import Launch
 from ..adapters.embedding_baselines import GaussianEmbedding
 from ..adapters.gathering import gather_rows
 from ..adapters.losses import HedgedGaussian, MutualLikelihood
-from ..adapters.mining import mine_triplets
+from ..adapters.mining import draw_triplets
 from ..adapters.positives import target_masks
 from ..adapters.training_loop import History, Plan, Record, run_plan, step_generator
 from .augmentations import Augmentation
@@ -39,6 +39,8 @@ WATCHED = 1000
 """Held-out images that are watched at most."""
 TRIPLETS = 512
 """Mined triplets of a step that HIB compares samples of at most."""
+PAPERS_SCALE = math.log1p(math.e)
+"""Of HIB's distances at the start of the paper's code: softplus(1)."""
 ORDER, TRAINING, OBJECTIVE = 401, 402, 403  # places of the random numbers
 CROPS = Augmentation(jitter=0.0, grayscale=0.0)
 WARMUP, DECAY = 0.05, 0.01
@@ -109,26 +111,32 @@ class FaceObjective(nn.Module):
 
 
 class HedgedObjective(nn.Module):
-    """HIB: means and variances by the chance that samples of mined triplets match."""
+    """HIB: means and variances by the chance that samples of mined triplets match.
+
+    `reference`: with the paper's scale at the start, and its divergence, which is a sum over all mined triplets: that of the
+    drawn ones stands for it.
+    """
 
     def __init__(self, gaussian: GaussianEmbedding, config: LamConfig) -> None:
         super().__init__()
         self.gaussian, self.margin, self.miner = gaussian, config.margin, config.miner
-        more: dict[str, Any] = {"reference": True} if config.reference else {
+        more: dict[str, Any] = {"reference": True, "scale": PAPERS_SCALE} if config.reference else {
             "squared": True, "normalized": True, "reading": "mean-log",
         }  # fmt: skip
+        self.kl_weight = config.kl_weight
         self.loss = HedgedGaussian(kl_weight=config.kl_weight, **more)
 
     def of_inputs(self, x: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         mean, log_variance = self.gaussian.posterior(x)
-        triplets = torch.stack(mine_triplets(mean.detach(), *target_masks(target), self.margin, self.miner))
-        if triplets.shape[1] > TRIPLETS:
-            triplets = triplets[:, torch.randperm(triplets.shape[1], generator=generator)[:TRIPLETS].to(x.device)]
-        if not triplets.shape[1]:
+        masks = target_masks(target)
+        triplets, mined = draw_triplets(mean.detach(), *masks, self.margin, self.miner, TRIPLETS, generator)
+        if not mined:
             return 0.0 * (mean.sum() + log_variance.sum() + sum(p.sum() for p in self.loss.parameters()))
         std = (0.5 * log_variance).exp()
         anchor, positive, negative = (Normal(mean[i], std[i], validate_args=False) for i in triplets)
         far = Normal(negative.mean[:, None], negative.stddev[:, None], validate_args=False)
+        if self.loss.reference:
+            self.loss.kl_weight = self.kl_weight * mined / triplets.shape[1]
         return self.loss(anchor, positive, far, generator=generator)
 
 

@@ -25,6 +25,7 @@ from posthoc.adapters.metric_training import MetricObjective
 from posthoc.adapters.mining import mine_triplets
 from posthoc.adapters.positives import label_masks
 from posthoc.adapters.training_loop import step_generator
+from posthoc.eval.retrieval_statistics import lam_aupr
 from posthoc.recipes import lam, lam_methods
 from posthoc.recipes.lam import LamConfig
 from posthoc.recipes.lam_data import Part, Sets
@@ -105,6 +106,32 @@ def test_hib_is_its_loss_of_the_mined_triplets() -> None:
     loss = HedgedGaussian(kl_weight=1e-3, squared=True, normalized=True, reading="mean-log")
     expected = loss(*parts, far, generator=step_generator(1))
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_reference_hib_has_the_papers_scale_and_the_divergence_of_all_triplets() -> None:
+    """spec/lam.md sections 9 and 11.5: a sum over all mined triplets, of which 512 are drawn."""
+    config = LamConfig(kl_weight=1e-4, reference=True)
+    x, label = labelled(rows=32)
+    objective = HedgedObjective(gaussian_of(x), config)
+    assert float(torch.as_tensor(objective.loss.scale).detach()) == pytest.approx(
+        float(functional.softplus(torch.tensor(1.0)))
+    )
+    with torch.no_grad():
+        mean, log_variance = objective.gaussian.posterior(x)
+        std = (0.5 * log_variance).exp()
+        a, p, _ = mine_triplets(mean, *label_masks(label), config.margin)
+        assert len(a) > 4 * TRIPLETS
+        each = -0.5 * ((std + 1e-6).log() + (1 + mean**2) / (std**2 + 1e-6)).sum(1)
+        whole = float(each[a].sum() + each[p].sum())
+        found = []
+        for seed in range(30):
+            loss = float(objective.of_inputs(x, label, step_generator(seed)))
+            objective.kl_weight = 0.0  # the same draw without its divergence
+            found.append((loss - float(objective.of_inputs(x, label, step_generator(seed)))) / 1e-4)
+            objective.kl_weight = 1e-4
+    error = np.std(found, ddof=1) / 30**0.5
+    assert error < 0.02 * abs(whole)
+    assert np.mean(found) == pytest.approx(whole, abs=4 * error)
 
 
 def test_pfe_is_the_mean_over_positive_pairs() -> None:
@@ -349,7 +376,10 @@ def test_figures_are_the_references(shared: Path, name: str) -> None:
     zeros = torch.zeros(len(z))
     samples = torch.from_numpy(golden["z_samples"]).transpose(0, 1)
     score = np.random.default_rng(0).random(len(z))
-    found = judge(MetricEmbedding(z, z, 0 * z, zeros, zeros, zeros, samples), part, {}, score, reference=True).row
+    own, ood = MetricEmbedding(z, z, 0 * z, zeros, zeros, zeros, samples), {"x": score[:40] + 0.2}
+    found = judge(own, part, ood, score, reference=True).row
+    assert found["reference AUPR x"] == lam_aupr(score, ood["x"]) != found["AUPR x"]
+    assert "reference AUPR x" not in judge(own, part, ood, score, reference=False).row
     for k, value in zip((5, 10, 20), golden["map_at_5_10_20"], strict=True):
         assert found[f"reference mAP@{k}"] == pytest.approx(value, abs=1e-9)
     for k, value in zip((1, 5, 10, 20), golden["recall_at_1_5_10_20"], strict=True):
