@@ -50,6 +50,23 @@ def differences(runs: Sequence[dict[str, Any]], wide: bool = False) -> str:
     return "\n".join(lines)
 
 
+def notes(run: dict[str, Any]) -> str:
+    """How the columns are to be read: which are better low, what stands in them without uncertainty, and chance."""
+    config, images = run["config"], dict(run["images"])
+    test = [images.pop(name) for name in ("train", "validation", "test")][-1]
+    lines = ["Higher is better, of vote ECE lower."]
+    if any("vote ECE" in row for row in run["methods"].values()):
+        lines.append(
+            f"Votes are of {config['samples']} draws, of the ensemble's {config['members']} members; {REFERENCE} has one vote, "
+            "always sure: its vote ECE is 1 - recall@1."
+        )
+    lines.append(f"The AUSC of {REFERENCE} is its recall@1, and that of scores by chance is the method's own.")
+    if images:
+        chance = ", ".join(f"{name} {count / (count + test):.3f}" for name, count in images.items())
+        lines.append(f"Chance is .5 for AUROC, and for AUPR {chance}.")
+    return " ".join(lines)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of the images")
@@ -79,7 +96,7 @@ def main(words: Sequence[str] | None = None) -> None:
             f", {(time.perf_counter() - start) / 60:.1f} minutes of wall clock in all, {arguments.jobs} runs at a time"
         )
         text += f" of {arguments.threads} core(s) each"
-    text += f":\n\n{table(runs, arguments.wide)}\n\n{differences(runs, arguments.wide)}\n"
+    text += f":\n\n{table(runs, arguments.wide)}\n\n{differences(runs, arguments.wide)}\n\n{notes(runs[0])}\n"
     replace_file(arguments.output / f"{name}.md", text.encode())
     print(text)
 

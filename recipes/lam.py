@@ -23,7 +23,7 @@ from .lam_data import SHAPES, DataOptions, Dataset, load_sets
 from .lam_methods import BASELINES, METHODS, VARIANTS, Inputs, Methods, answer, score
 from .lam_report import Judged, as_results, draw, judge, table
 from .lam_training import BLOCK
-from .options import Preset, RecipeConfig, check_counts, check_positive
+from .options import Preset, RecipeConfig, check_counts, check_least, check_positive
 from .running import Run, row_blocks
 
 LEARNT = 0.02
@@ -114,7 +114,8 @@ class LamConfig(RecipeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "epochs", "batch_size", "size")
-        check_positive(self, "lr")
+        check_positive(self, "lr", "prior_precision", "online_precision")
+        check_least(self, 0, "weight_decay", "kl_weight", "hessian_start")
         for name in self.methods:
             if name not in METHODS:
                 raise OptionError(f"--methods {name!r} is unknown; {suggest(name, METHODS)}")
@@ -130,9 +131,6 @@ class LamConfig(RecipeConfig):
                 raise OptionError(
                     f"--{name.replace('_', '-')} {getattr(self, name)} was given; expected 2 or more, or None"
                 )
-        for name in ("prior_precision", "online_precision"):
-            if getattr(self, name) is not None:
-                check_positive(self, name)
         if self.batch_size % BLOCK:
             raise OptionError(f"--batch-size {self.batch_size} was given; expected a multiple of {BLOCK}")
         MetricPosterior(1, 2, margin=self.margin, miner=self.miner)
@@ -145,6 +143,21 @@ class LamConfig(RecipeConfig):
             raise OptionError(
                 f"--network {self.network} is for small images: give --dataset {self.dataset} a timm network"
             )
+        check_read(self)
+
+
+def check_read(config: LamConfig) -> None:
+    """Raises OptionError for options that nothing would read beside the others, but for those that presets set for methods."""
+    online = any(name.startswith("online") for name in config.methods)
+    for name, read, of in (
+        ("members", "ensemble" in config.methods, "--methods ensemble"),
+        ("dropout", "mc-dropout" in config.methods, "--methods mc-dropout"),
+        ("online_precision", online, "an online variant of --methods"),
+        ("size", config.dataset not in SHAPES, "--dataset cub200, lfw or msls"),
+    ):
+        value = getattr(config, name)
+        if value != getattr(LamConfig, name) and not read:
+            raise OptionError(f"--{name.replace('_', '-')} {value} was given; it is read with {of}")
 
 
 def run(config: LamConfig) -> None:
@@ -253,7 +266,8 @@ PRESETS: dict[str, Preset] = {
                                  "methods": (*BASELINES[:2], SOME[1])},
     "all": {"methods": METHODS},
     "no-ood": {"ood": ()},
-    **{name: {"methods": ("deterministic", name)} for name in METHODS},
+    **{name: {"methods": ("deterministic", name), "members": LamConfig.members} for name in METHODS if name != "ensemble"},
+    "ensemble": {"methods": ("deterministic", "ensemble")},
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 
 from posthoc.recipes import lam
 from posthoc.recipes.lam import PRESETS, LamConfig
+from posthoc.recipes.lam_methods import METHODS
 from posthoc.recipes.options import parse
 
 from .recipe_children import kill_at_checkpoint, metrics, records, results, results_of_two
@@ -93,13 +94,14 @@ def test_two_processes_agree_with_one(folder: Path, unbroken: Path) -> None:
 def test_reference_is_the_papers_code(folder: Path) -> None:
     more = "--reference --epochs 1 --optimizer rmsprop --schedule exponential --max-triplets 50 --memory 0.9"
     variants = ["post-hoc-arccos-full", "online-arccos-positives"]
-    line = [*words(folder, "reference", *more.split()), "--methods", "ensemble", "hib", *variants]
+    line = [*words(folder, "reference", *more.split()), "--methods", "ensemble", "hib", *variants, "--dropout", "0.05"]
     found = results("lam", line, folder)
     for name in variants:
         row = found["methods"][name]
         assert found["reports"][name]["prior_precision"] == 1.0
         assert row["reference mAP@5"] == pytest.approx(row["mAP@5"]), "every test image has its like"
         assert row["reference AUSC"] == pytest.approx(row["AUSC"] * 98 / 99, abs=0.02)
+        assert row["reference AUPR mnist"] == pytest.approx(row["AUPR mnist"], abs=0.05)
     checkpoint = folder / "reference/online-arccos-positives/checkpoint.pt"
     state = torch.load(checkpoint, weights_only=True)["module"]
     least = 0.9**4 * 128  # what is left of the number of images it begins with, after four steps
@@ -124,6 +126,24 @@ def test_reference_is_the_papers_code(folder: Path) -> None:
         ("--network wide --checkpoint x.pth", "no weights of its own"),
         ("--dataset msls --network resnet18", "--prior-precision"),
         ("--prior-precision 0", "--prior-precision 0.0 was given"),
+        ("--online-precision inf", "--online-precision inf was given; expected a number above 0"),
+        ("--lr nan", "--lr nan was given"),
+        ("--weight-decay -1", "--weight-decay -1.0 was given; expected 0 or more"),
+        ("--weight-decay nan", "--weight-decay nan was given"),
+        ("--kl-weight -1", "--kl-weight -1.0 was given; expected 0 or more"),
+        ("--kl-weight inf", "--kl-weight inf was given"),
+        ("--hessian-start -5", "--hessian-start -5.0 was given; expected 0 or more"),
+        ("--hessian-start nan", "--hessian-start nan was given"),
+        ("--margin nan", "margin=nan"),
+        ("--memory nan", "--memory nan was given"),
+        ("--dropout -0.1", "--dropout -0.1 was given"),
+        ("--members 3 --methods hib", "--members 3 was given; it is read with --methods ensemble"),
+        ("--members 5 --methods hib", "--dropout 0.3 was given; it is read with --methods mc-dropout"),
+        (
+            "--online-precision 9 --members 5 --dropout 0.05 --methods post-hoc-arccos-full",
+            "--online-precision 9.0 was given; it is read with an online variant of --methods",
+        ),
+        ("--size 64", "--size 64 was given; it is read with --dataset cub200, lfw or msls"),
     ],
 )
 def test_bad_options_end_in_one_line(
@@ -143,6 +163,10 @@ def test_every_preset_is_a_config(preset: str) -> None:
     assert config.seed == 3
     laid_on_another = preset.endswith(("online", "others", "deterministic"))
     assert config.reference == (preset.startswith("paper") and not laid_on_another)
+    if preset in METHODS:
+        for other in ("smoke", "paper"):
+            on_it = parse("lam", LamConfig, PRESETS, None, ["--preset", other, preset])
+            assert on_it.methods == ("deterministic", preset)
 
 
 def test_the_papers_configs_are_presets() -> None:
@@ -192,7 +216,10 @@ def test_the_benchmark_runs_two_seeds_at_a_time(
     def carried_out(recipe: str, words: list[str], folder: Path, cores: int) -> dict[str, Any]:
         meeting.wait()  # breaks unless two are there
         threads.append(cores)
-        return {"methods": methods, "made": {"seconds": 90.0}}
+        return {
+            "methods": methods, "made": {"seconds": 90.0}, "config": {"samples": 32, "members": 5},
+            "images": {"train": 300, "validation": 30, "test": 60, "mnist": 20},
+        }  # fmt: skip
 
     benchmark["main"].__globals__["carried_out"] = carried_out
     line = ["--data-dir", "data", "--output", str(tmp_path), "--seeds", "0", "1"]
@@ -201,6 +228,8 @@ def test_the_benchmark_runs_two_seeds_at_a_time(
     assert threads == [1, 1]
     assert "minutes of wall clock in all, 2 runs at a time of 1 core(s) each" in printed
     assert "| mAP@5 | mAP@10 | recall@1 | vote ECE |" in printed
+    assert "Votes are of 32 draws, of the ensemble's 5 members" in printed
+    assert "for AUPR mnist 0.250" in printed
     (tmp_path / "default-0").mkdir()
     (tmp_path / "default-0/config.json").write_text("{}")
     benchmark["main"]([*line, "--wide"])
