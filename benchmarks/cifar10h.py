@@ -5,8 +5,8 @@
 DATA holds CIFAR-10, CIFAR-10H's votes and the weights of ResNet-20 and 56 (`shared/data`). Runs that are there already are
 read, not repeated; one that was killed goes on. Writes and prints table.md.
 
-`families` trains four families of networks from random weights, with kappa from a network and from the norm: one to two hours
-of a core. A kappa is called useful there where the intervals of both judgements stay clear of what knows nothing: its rank
+`families` trains four families of networks from random weights, with kappa from a network and from the norm: two hours of a
+core. A kappa is called useful there where the intervals of both judgements stay clear of what knows nothing: its rank
 correlation with the votes' entropy above 0, and above .5 the AUROC of whether an image's nearest neighbour is of another class.
 
 Settings were chosen on some of the images (`CHOSEN_ON`); a column has the correlations on all others.
