@@ -141,7 +141,7 @@ FROZEN = "--backbone resnet20 --random-weights --dataset fashion-mnist --data-di
 
 
 def test_two_processes_fit_a_head_as_one(folder: Path) -> None:
-    options = "--train-images 120 --test-images 60 --ood-images 40 --epochs 2 --batch-size 64 --reference --output"
+    options = "--train-images 130 --test-images 60 --ood-images 40 --epochs 2 --batch-size 64 --reference --output"
     one = results("tau", [*FROZEN.split(), *options.split(), "head-of-1"], folder)
     two = results_of_two("tau", [*FROZEN.split(), *options.split(), "head-of-2"], folder)
     for name in ("train_loss", "held_out_loss"):
