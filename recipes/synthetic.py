@@ -3,10 +3,10 @@
     accelerate launch -m posthoc.recipes.synthetic --preset smoke --output runs/smoke      # try this first: half a minute
     accelerate launch -m posthoc.recipes.synthetic --output runs/synthetic --seed 4
 
-The default takes 9 to 18 minutes on one core of a shared machine (15 to 31 steps a second), 1.2 GB of memory, and some
-seconds once for the process. To expect over seeds 4 to 8: rank correlations with the truth of .985 +- .013 (pairwise
-cosines) and .871 +- .057 (concentrations), and .931 +- .022 of the latents in the encoder's 95 % caps. docs/recipes.md says
-what limits them.
+The default takes 7 to 8 minutes on one core of a shared machine (41 steps a second for the means, 26 for the
+concentrations), 1.2 GB of memory, and some seconds once for the process. To expect over seeds 4 to 8: rank correlations
+with the truth of .985 +- .013 (pairwise cosines) and .871 +- .057 (concentrations), and .931 +- .022 of the latents in the
+encoder's 95 % caps. docs/recipes.md says what limits them.
 """
 
 from __future__ import annotations
