@@ -65,7 +65,8 @@ if torch.distributed.is_initialized():
 
 def start(folder: Path, launcher: tuple[str, ...] = (), **options: Any) -> subprocess.Popen[str]:
     program = folder.parent / "program.py"
-    program.write_text(PROGRAM)
+    if not program.exists():  # another process may be reading it just now
+        program.write_text(PROGRAM)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *launcher, str(program), str(folder), json.dumps(options)]
     pipe = subprocess.PIPE
