@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +18,7 @@ from ..adapters.training_loop import History, Plan, Record, run_plan, step_gener
 from ..adapters.vmf import VonMisesFisher
 from ..eval.ambiguity import vote_entropy
 from ..eval.baselines import entropy
+from ..eval.metrics import spearman
 from ..eval.retrieval import retrieve
 from ..eval.search import directions
 from .cifar10h_networks import PosteriorNetwork, SoftClassifier
@@ -204,7 +204,7 @@ def check_distinct(found: Answer, fold: int) -> None:
 
 def rank_correlation(score: np.ndarray, target: np.ndarray) -> float:
     """Spearman's, and 0 of a score that is the same for all images: it ranks nothing."""
-    return 0.0 if np.ptp(score) == 0 or np.ptp(target) == 0 else float(spearmanr(score, target).statistic)
+    return 0.0 if np.ptp(score) == 0 or np.ptp(target) == 0 else spearman(score, target)
 
 
 class Watch:
