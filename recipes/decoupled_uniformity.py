@@ -16,7 +16,7 @@ has not been measured yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from .decoupled_uniformity_data import READERS, SEVERAL, Sets, load_sets
 from .decoupled_uniformity_evaluation import check_judged, class_worth, label_worth, projector
 from .decoupled_uniformity_priors import Prior, check_apart, is_network, open_prior, smoother
 from .decoupled_uniformity_report import draw, table
-from .options import Preset, check_counts, check_positive
+from .options import Preset, check_counts, check_positive, check_read
 from .pretraining import PretrainingConfig, adamw, augmentation, own_view_found, pretrain, throughput
 from .pretraining_evaluation import encode, settle
 from .pretraining_networks import PretrainingNetwork, image_encoder, synchronised
@@ -121,15 +121,15 @@ class UniformityConfig(PretrainingConfig):
             raise OptionError(f"--final-lr {self.final_lr} was given; expected a number from 0 to --lr {self.lr}")
         if self.sigma != "median":
             check_positive(self, "sigma")
-        check_read(self)
+        check_read(self, uses(self))
         loss_of(self)
         altered(self)
 
 
-def check_read(config: UniformityConfig) -> None:
-    """Raises OptionError for options that nothing would read beside the others."""
+def uses(config: UniformityConfig) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+    """Options that not every run reads, whether this one does, and what reads them."""
     prior, kernel = config.prior, kernel_of(config)
-    for names, read, of in (
+    yield from (
         (("kernel", "sigma", "ridge"), prior is not None, "a --prior: the kernel compares what is known of the images"),
         (("sigma",), kernel != "cosine", "--kernel rbf, whose width it is"),
         (("vae_epochs", "vae_dim"), prior == "vae", "--prior vae"),
@@ -137,11 +137,7 @@ def check_read(config: UniformityConfig) -> None:
         (("size",), config.dataset in READERS, f"--dataset {', '.join(READERS)}"),
         (("momentum",), config.optimizer != "adamw", "--optimizer sgd or lars"),
         (("papers_probe",), config.dataset not in SEVERAL, f"sets of classes, and {config.dataset} has several labels"),
-    ):
-        given = [name for name in names if getattr(config, name) != getattr(UniformityConfig, name)]
-        if given and not read:
-            name = given[0]
-            raise OptionError(f"--{name.replace('_', '-')} {getattr(config, name)} was given; it is read with {of}")
+    )
 
 
 def kernel_of(config: UniformityConfig) -> Literal["rbf", "cosine"] | None:

@@ -11,7 +11,7 @@ takes some 17 minutes of one core: that is reckoned, it was not run whole yet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from .lam_data import SHAPES, DataOptions, Dataset, load_sets
 from .lam_methods import BASELINES, METHODS, VARIANTS, Inputs, Methods, answer, score
 from .lam_report import Judged, as_results, draw, judge, table
 from .lam_training import BLOCK
-from .options import Preset, RecipeConfig, check_counts, check_least, check_positive
+from .options import Preset, RecipeConfig, check_counts, check_least, check_positive, check_read
 from .running import Run, row_blocks
 
 LEARNT = 0.02
@@ -143,21 +143,16 @@ class LamConfig(RecipeConfig):
             raise OptionError(
                 f"--network {self.network} is for small images: give --dataset {self.dataset} a timm network"
             )
-        check_read(self)
+        check_read(self, uses(self))
 
 
-def check_read(config: LamConfig) -> None:
-    """Raises OptionError for options that nothing would read beside the others, but for those that presets set for methods."""
+def uses(config: LamConfig) -> Iterator[tuple[tuple[str], bool, str]]:
+    """Options that not every run reads, but for those that presets set for methods; whether this one does, what reads them."""
     online = any(name.startswith("online") for name in config.methods)
-    for name, read, of in (
-        ("members", "ensemble" in config.methods, "--methods ensemble"),
-        ("dropout", "mc-dropout" in config.methods, "--methods mc-dropout"),
-        ("online_precision", online, "an online variant of --methods"),
-        ("size", config.dataset not in SHAPES, "--dataset cub200, lfw or msls"),
-    ):
-        value = getattr(config, name)
-        if value != getattr(LamConfig, name) and not read:
-            raise OptionError(f"--{name.replace('_', '-')} {value} was given; it is read with {of}")
+    yield ("members",), "ensemble" in config.methods, "--methods ensemble"
+    yield ("dropout",), "mc-dropout" in config.methods, "--methods mc-dropout"
+    yield ("online_precision",), online, "an online variant of --methods"
+    yield ("size",), config.dataset not in SHAPES, "--dataset cub200, lfw or msls"
 
 
 def run(config: LamConfig) -> None:

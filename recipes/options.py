@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -62,6 +62,15 @@ def check_positive(config: RecipeConfig, *names: str) -> None:
 def check_below_one(config: RecipeConfig, *names: str) -> None:
     """Raises OptionError for an option of these that is not from 0 to below 1. None passes."""
     _check(config, names, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def check_read(config: RecipeConfig, uses: Iterable[tuple[Sequence[str], bool, str]]) -> None:
+    """Raises OptionError for an option that was given and is not read: of (options, whether they are read, what reads them)."""
+    for names, read, of in uses:
+        given = [name for name in names if getattr(config, name) != getattr(type(config), name)]
+        if given and not read:
+            name = given[0]
+            raise OptionError(f"--{name.replace('_', '-')} {getattr(config, name)} was given; it is read with {of}")
 
 
 def _check(config: RecipeConfig, names: Sequence[str], fits: Callable[[float], bool], expected: str) -> None:
