@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recipe_runs import carried_out, spread
+from recipe_runs import carried_out, parted, spread
 
 from posthoc.recipes.decoupled_uniformity_data import SEVERAL
 from posthoc.recipes.decoupled_uniformity_report import SEEN, seen_by
@@ -58,8 +58,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
+    words, more = parted(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of data sets and weights")
     parser.add_argument(
@@ -69,7 +68,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="some of the priors, by name")
     parser.add_argument("--threads", type=int, help="cores that a run takes")
-    arguments = parser.parse_args(words[:cut])
+    arguments = parser.parse_args(words)
     unknown = set(arguments.only or ()) - set(PRIORS)
     if unknown:
         parser.error(f"--only {', '.join(sorted(unknown))}: the priors are {', '.join(PRIORS)}")
@@ -77,13 +76,13 @@ def main() -> None:
     priors = {name: more for name, more in known.items() if name in (arguments.only or known)}
     if not priors:
         parser.error(f"--only {', '.join(arguments.only)}: {arguments.dataset} has the priors {', '.join(known)}")
-    common = ["--preset", arguments.dataset, "--data-dir", str(arguments.data), *words[cut + 1 :]]
+    common = ["--preset", arguments.dataset, "--data-dir", str(arguments.data), *more]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in priors}
     folder = arguments.output / arguments.dataset
     for seed in arguments.seeds:
-        for name, more in priors.items():
+        for name, prior in priors.items():
             place = folder / f"{name.lower().replace(' ', '-')}-{seed}"
-            given = [*common, *more, "--seed", str(seed)]
+            given = [*common, *prior, "--seed", str(seed)]
             found[name].append(carried_out("decoupled_uniformity", given, place, arguments.threads))
     minutes = spread((run["made"]["seconds"] / 60 for runs in found.values() for run in runs), 1)
     lines = [

@@ -12,13 +12,14 @@ goes to the recipe: `-- --epochs 2`.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from recipe_runs import carried_out, spread
+from recipe_runs import carried_out, parted, spread
 
 from posthoc.adapters.files import replace_file
 from posthoc.recipes.lam_report import columns
@@ -68,6 +69,7 @@ def notes(run: dict[str, Any]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
+    own, more = parted(sys.argv[1:] if words is None else words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of the images")
     parser.add_argument("--output", type=Path, default=Path("outputs/lam"))
@@ -76,15 +78,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="cores of a run")
     parser.add_argument("--wide", action="store_true", help="mAP and recall at every depth")
-    parser.add_argument("more", nargs="*", help="options of the recipe, behind --")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(own)
     name = "-".join(arguments.preset)
     common = ["--preset", *arguments.preset, "--data-dir", str(arguments.data_dir)]
     folders = [arguments.output / f"{name}-{seed}" for seed in arguments.seeds]
     begun = [folder for folder in folders if (folder / "config.json").exists()]
 
     def one(seed: int, folder: Path) -> dict[str, Any]:
-        return carried_out("lam", [*common, "--seed", str(seed), *arguments.more], folder, arguments.threads)
+        return carried_out("lam", [*common, "--seed", str(seed), *more], folder, arguments.threads)
 
     start = time.perf_counter()
     with ThreadPoolExecutor(arguments.jobs) as pool:

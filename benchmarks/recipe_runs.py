@@ -37,6 +37,12 @@ def carried_out(
     return json.loads((folder / "results.json").read_text())
 
 
+def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words before --, which are a benchmark's own, and those behind it, which go to the recipe."""
+    cut = list(words).index("--") if "--" in words else len(words)
+    return list(words[:cut]), list(words[cut + 1 :])
+
+
 def spread(values: Iterable[float], digits: int) -> str:
     """Mean and, of several, standard deviation, with so many digits behind the point."""
     numbers = np.array(list(values))

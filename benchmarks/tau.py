@@ -6,23 +6,27 @@
     python benchmarks/tau.py gather --data DATA --output outputs/tau   (two processes; on CPUs with ACCELERATE_USE_CPU=true)
     python benchmarks/tau.py methods --data DATA --paper --seeds 1337 1338 1339 --output outputs/tau   (GPU)
     python benchmarks/tau.py methods --data DATA --preset gpu --mixed-precision bf16 --only TaU --output outputs/tau-gpu   (GPU)
+    python benchmarks/tau.py methods --data DATA --output outputs/tau-short -- --train-images 12000 --width 16
 
-The last is the throughput of ResNet-18 in bf16, channels last, compiled.
+The last but one is the throughput of ResNet-18 in bf16, channels last, compiled. What stands behind -- goes to the recipe.
 DATA is a folder of data sets as `posthoc eval ood --data-dir` takes it, with the weights of frozen networks. A run that is there
-is not computed again. Without a GPU the two parts take hours, and a run goes on where it was killed.
+is not computed again, and one that was killed goes on. Without a GPU the parts take hours at the recipe's own size. Writes and
+prints DATASET-PART.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any
 
-from recipe_runs import carried_out, spread
+from recipe_runs import carried_out, parted, spread
 
+from posthoc.adapters.files import replace_file
 from posthoc.recipes.pretraining_evaluation import auroc, scores_in
 
 METHODS: dict[str, list[str]] = {
@@ -93,7 +97,12 @@ def ood_table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def runs_of(
-    variants: dict[str, list[str]], common: Sequence[str], seeds: Sequence[int], output: Path, processes: int
+    variants: dict[str, list[str]],
+    common: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    processes: int,
+    threads: int | None,
 ) -> dict[str, list[dict[str, Any]]]:
     """The results of every variant for every seed, seed by seed."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
@@ -101,11 +110,12 @@ def runs_of(
         for name, words in variants.items():
             short = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
             options = [*words, *common, "--seed", str(seed)]
-            found[name].append(carried_out("tau", options, output / f"{short}-{seed}", processes=processes))
+            found[name].append(carried_out("tau", options, output / f"{short}-{seed}", threads, processes))
     return found
 
 
 def main() -> None:
+    words, more = parted(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--data", type=Path, required=True, help="folder of data sets and weights")
@@ -116,7 +126,8 @@ def main() -> None:
     parser.add_argument("--paper", action="store_true", help="the released settings: needs a GPU")
     parser.add_argument("--preset", nargs="+", default=[], help="sizes that the variants are laid on, such as gpu")
     parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no", help="of accelerate")
-    arguments = parser.parse_args()
+    parser.add_argument("--threads", type=int, help="cores that a run takes")
+    arguments = parser.parse_args(words)
     if arguments.part == "frozen" and (arguments.paper or arguments.preset):
         parser.error(
             "--paper and --preset are sizes of a pretraining; a head on a frozen network has none of their options"
@@ -131,15 +142,18 @@ def main() -> None:
         rate = [PAPERS[one]] if (one := name.split(",")[0]) in PAPERS else []
         sizes = [*(["paper", *rate] if arguments.paper else []), *arguments.preset]
         variants[name] = laid_on(sizes, words)
-    common = ["--data-dir", str(arguments.data), "--dataset", arguments.dataset]
-    found = runs_of(
-        variants, common, arguments.seeds, arguments.output / arguments.dataset, 1 + (arguments.part == "gather")
-    )
+    common = ["--data-dir", str(arguments.data), "--dataset", arguments.dataset, *more]
+    folder = arguments.output / arguments.dataset
+    processes = 1 + (arguments.part == "gather")
+    found = runs_of(variants, common, arguments.seeds, folder, processes, arguments.threads)
     minutes = spread((run["made"]["seconds"] / 60 for runs in found.values() for run in runs), 1)
-    print(f"{arguments.dataset}, seeds {', '.join(map(str, arguments.seeds))}, {minutes} minutes a run\n")
+    seeds = ", ".join(map(str, arguments.seeds))
+    lines = [f"{arguments.dataset}, seeds {seeds}, {minutes} minutes a run", ""]
     if arguments.part != "frozen":
-        print("\n".join(worth_table(found)) + "\n")
-    print("\n".join(ood_table(found)))
+        lines += [*worth_table(found), ""]
+    text = "\n".join([*lines, *ood_table(found)]) + "\n"
+    replace_file(arguments.output / f"{arguments.dataset}-{arguments.part}.md", text.encode())
+    print(text)
 
 
 def laid_on(sizes: Sequence[str], words: Sequence[str]) -> list[str]:

@@ -654,6 +654,7 @@ def test_options_that_both_read_are_no_refusals() -> None:
         ("methods --paper", 13, 1),
         ("frozen", 20, 1),
         ("gather", 4, 2),
+        ("frozen -- --train-images 900", 20, 1),
     ],
 )
 def test_the_benchmarks_runs_are_configs(
@@ -666,20 +667,27 @@ def test_the_benchmarks_runs_are_configs(
     seen: list[TauConfig] = []
     measured = {"worth": {"linear": 0.5}, "random_features": {"linear": 0.4}, "throughput": {}, "ood": {}}
 
-    def carried_out(recipe: str, options: list[str], folder: Path, processes: int) -> dict[str, Any]:
+    def carried_out(
+        recipe: str, options: list[str], folder: Path, threads: int | None, processes: int
+    ) -> dict[str, Any]:
         seen.append(parse(recipe, TauConfig, tau.PRESETS, None, options))
         tau.check_part(seen[-1])
         ran.append(processes)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         return {**measured, "made": {"seconds": 60.0}}
 
     ran: list[int] = []
     benchmark["main"].__globals__["carried_out"] = carried_out
-    monkeypatch.setattr("sys.argv", ["tau.py", *words.split(), "--data", "data", "--output", "o", "--seeds", "3"])
+    part, *rest = words.split()
+    monkeypatch.setattr("sys.argv", ["tau.py", part, "--data", "data", "--output", "o", "--seeds", "3", *rest])
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     benchmark["main"]()
     assert len({repr(config) for config in seen}) == len(seen) == count
     assert set(ran) == {processes}
     assert {config.seed for config in seen} == {3}
+    assert {config.train_images for config in seen} <= ({900} if "900" in words else {None, 4000})
+    assert (tmp_path / f"o/cifar10-{part}.md").read_text().startswith("cifar10, seeds 3, 1.0 minutes a run\n\n|")
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == ("bf16" if "bf16" in words else "no")
     if "gpu" in words:
         assert (seen[0].network, seen[0].compile) == ("resnet18", True)
