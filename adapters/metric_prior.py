@@ -13,7 +13,7 @@ from .errors import DataError
 from .metric_laplace import MetricPosterior
 
 SAMPLES, QUERIES, GALLERY = 32, 1000, 1000
-DECADES = range(-3, 7)
+DECADES = range(-1, 7)
 NOTHING_GAINED = 1e-6
 
 
@@ -26,7 +26,7 @@ def choose_prior(
     gallery_label: Tensor,
     generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
-    """Set the prior precision, of ten decades, with the least retrieval risk on held-out rows; returns the report.
+    """Set the prior precision, of eight decades, with the least retrieval risk on held-out rows; returns the report.
 
     The risk is the Brier score of the vote: under each of 32 draws of the weights a query takes the label of its nearest
     gallery row, and the shares of the labels are scored as class probabilities, sum_c (share_c - [c = y])^2. It is
@@ -34,8 +34,7 @@ def choose_prior(
     curvature is not. Every decade gets the same draws. Of equal risks the widest posterior is taken.
 
     Decades are counted from the precision at which, without any curvature, the noise of an embedding is as large as the
-    embedding (tr Sigma = |z|^2): from a thousandth of it, where the curvature alone holds the weights, to a million
-    times it, where they do not move.
+    embedding (tr Sigma = |z|^2): from a tenth of it to a million times it.
 
     Args:
         queries, gallery: inputs of the layer [Q, d_in], [G, d_in], of different rows.

@@ -224,7 +224,7 @@ def test_the_prior_is_chosen_by_retrieval(generator: torch.Generator) -> None:
     posterior = fitted(x[:200], label[:200], approximation="full", pair_count="observed")
     report = choose_prior(posterior, x[200:], label[200:], x[:200], label[:200], torch.Generator().manual_seed(3))
     risks = {float(tau): risk for tau, risk in report["retrieval_risk"].items()}
-    assert len(risks) == 10
+    assert len(risks) == 8
     assert report["prior_precision"] == pytest.approx(min(risks, key=risks.__getitem__))
     assert float(posterior.prior_precision) == pytest.approx(report["prior_precision"])
     taus = sorted(risks)

@@ -76,7 +76,7 @@ def test_it_retrieves_and_is_less_certain_of_the_unfamiliar(options: dict) -> No
     hits, _ = retrieval_statistics.label_hits(search.neighbours(known["expected_embedding"]), clusters(1).label)
     assert retrieval_statistics.recall_at(hits, 1) > 0.9
     assert report["prior_precision"] > 0
-    assert len(report["retrieval_risk"]) == 10
+    assert len(report["retrieval_risk"]) == 8
     assert (report["negative_curvature"] > 0) == ("online" not in options and bool(options))
     twin = make_head("metric-laplace", **head.config())
     twin.build(fit_data(features).dims)
