@@ -30,14 +30,16 @@ WIDTH = 64
 
 
 def cifar_backbone(
-    name: str, checkpoint: Path | None = None, data_dir: Path | None = None, scratch: bool = False, seed: int = 0
-) -> Backbone:
+    name: str, checkpoint: Path | None = None, data_dir: Path | None = None, scratch: bool = False, seed: int = 0,
+    size: int | None = None,
+) -> Backbone:  # fmt: skip
     """A classifier of 32 px images: "resnet20", "resnet56", or a timm network with a stem for small images.
 
     Args:
         checkpoint: its weights on CIFAR-10; None: those of ResNet-20 and 56 are looked for in `data_dir`, itself by default
             `default_data_dir()`.
         scratch: random weights by the seed, and GroupNorm in the place of BatchNorm.
+        size: what images of other sizes are brought to, by their shorter side and cut to the middle; None: they stay as they are.
 
     Raises BackboneError, and OptionError for a checkpoint and `scratch` at once.
     """
@@ -52,7 +54,8 @@ def cifar_backbone(
         if scratch:
             group_normalised(module)
     mean, std = statistics(name)
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+    sized = [] if size is None else [transforms.Resize(size), transforms.CenterCrop(size)]
+    transform = transforms.Compose([*sized, transforms.ToTensor(), transforms.Normalize(mean, std)])
     return build_backbone(module, checkpoint=checkpoint, transform=transform)
 
 

@@ -23,7 +23,7 @@ from .decoupled_uniformity_folders import (
     read_utzappos,
 )
 from .image_files import FileImages, Pictures
-from .image_sets import Chosen, shaped
+from .image_sets import Chosen, bright, shaped
 from .pretraining import trained_on
 from .view_batches import Images, images_of
 
@@ -125,7 +125,7 @@ def _omniglot(config: UniformityConfig, root: Path) -> Sets:
         drawer, alphabet = np.asarray(source.column("drawer")), np.asarray(source.column("alphabet"))
     order = np.random.default_rng(ORDER).permutation(np.flatnonzero(drawer <= DRAWERS))
     train, test = (
-        Images(255 - shaped(Chosen(source, rows), 1, OMNIGLOT), label[rows])
+        Images(bright("omniglot", shaped(Chosen(source, rows), 1, OMNIGLOT)), label[rows])
         for rows in (order, np.flatnonzero(drawer > DRAWERS))
     )
 

@@ -80,12 +80,16 @@ def rows_of_other_classes(inside: str, name: str, source: Source) -> tuple[np.nd
 def other_sets(
     dataset: str, data_dir: Path | None, most: int, like: Images
 ) -> tuple[dict[str, Images], dict[str, str]]:
-    """`other_sources` in the shape of `like` (`shaped`); labels are rows."""
+    """`other_sources` in the shape of `like` (`shaped`); labels are rows. Strokes are bright on dark, as MNIST's, in all."""
     sources, notes = other_sources(dataset, data_dir, most)
     channels, side = like.size[:2]
-    return {
-        name: Images(shaped(source, channels, side), np.arange(len(source))) for name, source in sources.items()
-    }, notes
+    found = {name: bright(name, shaped(source, channels, side)) for name, source in sources.items()}
+    return {name: Images(pixels, np.arange(len(pixels))) for name, pixels in found.items()}, notes
+
+
+def bright(name: str, pixels: Tensor) -> Tensor:
+    """Images uint8 of the set `name` with bright strokes on dark: Omniglot's are black on white."""
+    return 255 - pixels if name == "omniglot" else pixels
 
 
 def shaped(source: Source, channels: int, side: int) -> Tensor:

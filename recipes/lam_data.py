@@ -18,7 +18,7 @@ from ..adapters.source_arrays import FileSource
 from ..adapters.source_base import Source
 from ..eval.datasets import SETS, default_data_dir, open_named
 from .image_files import FileImages, Pictures
-from .image_sets import Chosen, rows_of_other_classes, shaped, spread_over
+from .image_sets import Chosen, bright, rows_of_other_classes, shaped, spread_over
 from .lam_folders import Files, hold_out, read_cub200, read_lfw, read_msls
 from .view_batches import Images
 
@@ -132,7 +132,7 @@ def _omniglot(options: DataOptions, root: Path, rng: np.random.Generator) -> lis
     if len(characters) < 2 * count + 2:
         raise DataError(f"omniglot: {len(characters)} characters are too few to hold out {count} twice")
     held, asked, rest = np.split(characters, [count, 2 * count])
-    inked = replace(images, pixels=255 - images.pixels)
+    inked = replace(images, pixels=bright("omniglot", images.pixels))
     return [Part(inked.rows(np.flatnonzero(np.isin(images.label, part)))) for part in (rest, held, asked)]
 
 
@@ -161,7 +161,7 @@ def _ood(name: str, options: DataOptions, root: Path) -> Pictures:
     rows = spread_over(rows, options.test_images or len(rows))
     if options.dataset in SHAPES:
         pixels = shaped(Chosen(source, rows), *SHAPES[options.dataset])
-        return Images(255 - pixels if name in ("other-alphabets", "omniglot") else pixels, rows)
+        return Images(bright("omniglot" if name == "other-alphabets" else name, pixels), rows)
     if files is not None:
         return _pictures(files, options.side).rows(rows)
     paths = source.names()

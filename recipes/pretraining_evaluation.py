@@ -22,6 +22,7 @@ from ..eval.inputs import not_constant
 from ..eval.ood import ood_table
 from ..eval.ood_statistics import OodMetrics
 from ..eval.plots import Strip, gallery, page
+from ..eval.probe import widened
 from ..eval.probe_protocols import TAU, sgd_probe, tau_nearest_label
 from ..eval.probes import linear_probe, nearest_label, top_k_accuracy
 from ..eval.table import Table
@@ -85,14 +86,15 @@ def worth(
     whose learning rate is very low for a probe, on the features as they are (its training views are augmented, ours are not), and
     its neighbours, of both views' mean, and of the first alone, whose rows are not normalised.
     """
+    classes = int(max(train.label.max(), test.label.max())) + 1
     logits, _ = linear_probe(train.feature, train.label, test.feature, seed=seed, device=device)
-    found = {"linear": top_k_accuracy(logits, test.label)}
+    found = {"linear": top_k_accuracy(widened(logits, classes), test.label)}
     for name in ("feature", "projection"):
         near = nearest_label(getattr(train, name), train.label, getattr(test, name))
         found[f"nearest_{name}"] = float((near == test.label).mean())
     if views is not None:
         logits = sgd_probe(train.feature, train.label, test.feature, TAU, step_generator(seed, PROBE), device)
-        found["linear_papers_sgd_unaugmented"] = top_k_accuracy(logits, test.label)
+        found["linear_papers_sgd_unaugmented"] = top_k_accuracy(widened(logits, classes), test.label)
         for count, name in ((2, "nearest_papers_two_views"), (1, "nearest_papers_one_view")):
             near = tau_nearest_label(views[:count], train.label, [test.projection] * count)
             found[name] = float((near == test.label).mean())

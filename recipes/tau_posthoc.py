@@ -37,6 +37,10 @@ SIDE = 64
 """Pixels of an image in the grid."""
 
 
+CIFAR = 32
+"""Pixels of the images that CIFAR's ResNets were trained on: those of other sets are brought to them."""
+
+
 class Known(NamedTuple):
     """A network by a short name: timm's name, whether timm has its weights, and what its embedding is: the feature before its
     classifier, the pooled feature of a network without one, or the projection that is its last layer."""
@@ -77,7 +81,7 @@ def frozen_backbone(config: Frozen) -> Backbone:
     """
     name = str(config.backbone)
     if name in DEPTHS:
-        return cifar_backbone(name, config.checkpoint, config.data_dir, config.random_weights, config.seed)
+        return cifar_backbone(name, config.checkpoint, config.data_dir, config.random_weights, config.seed, CIFAR)
     known = KNOWN.get(name, Known(name, True, "before-classes"))
     file = f"{known.timm if known.fetched else name}.safetensors"
     stored = Path(config.data_dir or default_data_dir()).expanduser() / file

@@ -63,7 +63,9 @@ def uncertainties(
     scores |= own_scores(found[0].projection, config)
     if config.dropout:
         scores["MC dropout"] = spread(stochastic(networks[0], images, config, device))
-    if len(networks) > 1:
+    if len(networks) > 1 and config.method == "supervised":  # logits of classes have one frame
+        scores["ensemble"] = spread([as_unit(one.projection) for one in found])
+    elif len(networks) > 1:
         plain = [as_unit(means(one.projection, config)) for one in found]
         frames = np.stack([as_unit(means(one.projection, config)) for one in training])
         turns = procrustes(torch.from_numpy(frames)).numpy()

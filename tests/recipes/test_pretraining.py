@@ -26,7 +26,7 @@ from posthoc.eval.plots import gallery
 from posthoc.eval.probe_protocols import TAU, sgd_probe
 from posthoc.eval.probes import linear_probe
 from posthoc.recipes.augmentations import Augmentation
-from posthoc.recipes.image_sets import Chosen, other_sets, other_sources, shaped, spread_over
+from posthoc.recipes.image_sets import Chosen, bright, other_sets, other_sources, shaped, spread_over
 from posthoc.recipes.networks import SmallConvNet
 from posthoc.recipes.pretraining import Ahead, PretrainingConfig, in_memory, open_images, own_view_found, throughput
 from posthoc.recipes.pretraining_evaluation import PROBE, Encoded, auroc, certainty_grid, ood_tables, scores_in, worth
@@ -267,6 +267,9 @@ def test_images_of_other_sets_get_the_sets_shape(tmp_path: Path) -> None:
     others, _ = other_sets("cifar10", tmp_path, 3, some_images(1, 3, 16))
     assert {name: images.size for name, images in others.items()} == {"mnist": (3, 16, 16)}
     assert len(others["mnist"]) == 3
+    dark = torch.full((1, 1, 2, 2), 250, dtype=torch.uint8)
+    assert (bright("omniglot", dark) == 5).all()
+    assert bright("mnist", dark) is dark
     assert [part.item(row).label for row in range(len(part))] == [7, 5]
     assert part.fingerprint() != Chosen(source, np.array([0, 2])).fingerprint()
     assert spread_over(np.arange(10, 20), 4).tolist() == [10, 13, 16, 19]
@@ -371,6 +374,9 @@ def test_what_features_are_worth(generator: torch.Generator, monkeypatch: pytest
     logits = sgd_probe(train.feature, train.label, test.feature, TAU, step_generator(0, PROBE))
     assert found["linear_papers_sgd_unaugmented"] == (logits.argmax(1) == test.label).mean()
     assert set(worth(train, test, 0)) == {"linear", "nearest_feature", "nearest_projection"}
+    seen = train.label < train.label.max()  # probed images may lack the last class
+    fewer = Encoded(train.feature[seen], train.projection[seen], train.label[seen])
+    assert worth(fewer, test, 0)["linear"] <= (test.label < train.label.max()).mean()
     placed: list[Any] = []
     for name, probe in (("linear_probe", linear_probe), ("sgd_probe", sgd_probe)):
         monkeypatch.setattr(

@@ -18,6 +18,7 @@ from posthoc.adapters.heads import temperature as temperature_head
 from posthoc.adapters.losses import TaU
 from posthoc.adapters.model import UncertainModel
 from posthoc.adapters.weights import read_checkpoint
+from posthoc.recipes.cifar10h_networks import cifar_backbone
 from posthoc.recipes.tau_options import TauConfig
 from posthoc.recipes.tau_posthoc import encoder_weights, frozen_backbone, open_set
 
@@ -94,6 +95,15 @@ def test_a_heads_training_is_the_options(folder: Path, monkeypatch: pytest.Monke
     options = "--epochs 7 --lr 0.25 --batch-size 48 --views 3 --output stopped"
     with pytest.raises(Stop, match=r"\[90, 7, 0\.25, 48, 3\]"):
         results("tau", [*words.split(), *options.split()], folder)
+
+
+def test_a_cifar_networks_images_are_brought_to_its_size() -> None:
+    transform: Any = frozen_backbone(TauConfig(backbone="resnet20", random_weights=True)).transform
+    small_one = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for shape in ((256, 320, 3), (28, 28, 3)):
+        assert transform(Image.fromarray(np.zeros(shape, np.uint8))).shape == (3, 32, 32)
+    plain: Any = cifar_backbone("resnet20", scratch=True).transform
+    assert torch.equal(transform(Image.fromarray(small_one)), plain(Image.fromarray(small_one)))
 
 
 @pytest.mark.slow

@@ -36,6 +36,16 @@ def test_members_that_differ_by_a_rotation_agree(generator: torch.Generator) -> 
     assert found["ensemble, not aligned, as released"].min() > 0.05
 
 
+def test_classifiers_have_one_frame() -> None:
+    images, config = some_images(40), small(method="supervised", members=2, hidden=512, dim=128)
+    both = [make_network(config, images, number) for number in (0, 1)]
+    known = [encode(one, images, CPU) for one in both]
+    found = uncertainties(both, known, images, config, CPU)
+    unit = [one.projection / np.linalg.norm(one.projection, axis=1, keepdims=True) for one in known]
+    np.testing.assert_allclose(found["ensemble"], spread(unit), rtol=1e-5)
+    assert "ensemble, not aligned, as released" not in found
+
+
 def test_scores_by_hand() -> None:
     images, config = some_images(50), small()
     network = make_network(config, images)
