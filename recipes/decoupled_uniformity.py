@@ -121,7 +121,7 @@ class UniformityConfig(PretrainingConfig):
             raise OptionError(f"--final-lr {self.final_lr} was given; expected a number from 0 to --lr {self.lr}")
         if self.sigma != "median":
             check_positive(self, "sigma")
-        check_read(self, uses(self))
+        check_read(self, uses(self), PRESETS)
         loss_of(self)
         altered(self)
 
@@ -242,7 +242,8 @@ def run(config: UniformityConfig) -> None:
     """
     run = Run("decoupled_uniformity", config)
     sets = load_sets(config)
-    check_judged(sets.train.label[: config.probe_images], sets.test.label, config.dataset, config.papers_probe)
+    probed = sets.train.label[: config.probe_images]
+    check_judged(probed, sets.test.label, config.dataset, config.seed, config.papers_probe)
     prior = open_prior(config, run, sets)
     network, loss = make_network(config, sets), loss_of(config)
     module = synchronised(Uniform(network, loss), run.launch, run.device).to(run.device)

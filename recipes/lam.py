@@ -143,7 +143,7 @@ class LamConfig(RecipeConfig):
             raise OptionError(
                 f"--network {self.network} is for small images: give --dataset {self.dataset} a timm network"
             )
-        check_read(self, uses(self))
+        check_read(self, uses(self), PRESETS)
 
 
 def uses(config: LamConfig) -> Iterator[tuple[tuple[str], bool, str]]:

@@ -64,10 +64,20 @@ def check_below_one(config: RecipeConfig, *names: str) -> None:
     _check(config, names, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
-def check_read(config: RecipeConfig, uses: Iterable[tuple[Sequence[str], bool, str]]) -> None:
-    """Raises OptionError for an option that was given and is not read: of (options, whether they are read, what reads them)."""
+def check_read(
+    config: RecipeConfig, uses: Iterable[tuple[Sequence[str], bool, str]], presets: Mapping[str, Preset]
+) -> None:
+    """Raises OptionError for an option that was given and is not read: of (options, whether they are read, what reads them).
+
+    A number that a size sets, or a paper's preset, is no mistake: these are for several methods, and others are laid on them.
+    """
+    sizes = [values for name, values in presets.items() if name.split("-")[0] in SIZES]
     for names, read, of in uses:
-        given = [name for name in names if getattr(config, name) != getattr(type(config), name)]
+        usual = {
+            name: [getattr(type(config), name), *(one[name] for one in sizes if name in one and one[name] is not True)]
+            for name in names
+        }
+        given = [name for name in names if getattr(config, name) not in usual[name]]
         if given and not read:
             name = given[0]
             raise OptionError(f"--{name.replace('_', '-')} {getattr(config, name)} was given; it is read with {of}")

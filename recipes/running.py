@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,7 +102,7 @@ class Run:
         """Write results.json: the config, what was found, when and with which versions, and the seconds since the run began
         or was last continued."""
         made = {**made_now(sys.argv), "seconds": round(time.perf_counter() - self.started, 1)}
-        made["processes"] = self.launch.world
+        made |= {"processes": self.launch.world, "mixed_precision": launched(self.config)["mixed_precision"]}
         write_run(
             self.folder, "results.json", {"recipe": self.name, "config": asdict(self.config), **results, "made": made}
         )
@@ -109,12 +110,20 @@ class Run:
 
     def _described(self) -> dict[str, Any]:
         made_from = {} if self.content is None else {"content": self.content}
-        return {"recipe": self.name, **asdict(self.config), **made_from}
+        return {"recipe": self.name, **asdict(self.config), **launched(self.config), **made_from}
 
 
 def kept(config: RecipeConfig) -> dict[str, Any]:
-    """The options that a training depends on."""
-    return plain({name: value for name, value in asdict(config).items() if name not in NOT_OF_TRAINING})
+    """The options that a training depends on, and what it depends on of its launch."""
+    options = plain({name: value for name, value in asdict(config).items() if name not in NOT_OF_TRAINING})
+    return options | launched(config)
+
+
+def launched(config: RecipeConfig) -> dict[str, Any]:
+    """What a training depends on of its launch: its precision, and where processes do not gather their number."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    apart = not getattr(config, "gather", True)
+    return {"mixed_precision": precision} | ({"processes": int(os.environ.get("WORLD_SIZE") or 1)} if apart else {})
 
 
 def check_folder(name: str, config: RecipeConfig) -> str | None:

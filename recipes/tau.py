@@ -23,10 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adapters.errors import DataError, PosthocError
-from ..adapters.linear_probe import HELD_OUT_SHARE
+from ..adapters.errors import PosthocError
 from ..adapters.losses.tau import temperature
-from ..adapters.splits import row_uniform
 from ..adapters.training_loop import History, Record, step_generator
 from ..eval.dataset_classes import CLASSES
 from . import running
@@ -95,7 +93,7 @@ def run(config: TauConfig) -> None:
     if config.backbone is not None:
         return run_posthoc(config, run)
     train, held_out, test = open_images(config)
-    check_probed(config, train, test)
+    check_judged(train.label[: config.probe_images], test.label, config.dataset, config.seed, papers=False)
     judged = Judged(train, test, *other_sets(config.dataset, config.data_dir, config.ood_images, test))
     sets = (train, held_out, test, *judged.others.values())
     run.stands_on(*judged.others, *(array for one in sets for array in (one.pixels.numpy(), one.label)))
@@ -121,18 +119,6 @@ def run(config: TauConfig) -> None:
             f"{GAIN:+.3f} or more"
         )
     return None
-
-
-def check_probed(config: TauConfig, train: Images, test: Images) -> None:
-    """Raises DataError where the images that linear evaluation looks at are of one class, or so few that none is held out."""
-    label = train.label[: config.probe_images]
-    check_judged(label, test.label, config.dataset, papers=False)
-    held_out = row_uniform(np.arange(len(label)), config.seed) < HELD_OUT_SHARE
-    if held_out.all() or not held_out.any():
-        raise DataError(
-            f"{held_out.sum()} of {len(label)} images that are probed are held out to choose the strength of the linear "
-            "evaluation, which needs images on either side: give more --probe-images"
-        )
 
 
 def train_member(

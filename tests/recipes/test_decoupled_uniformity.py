@@ -312,6 +312,11 @@ def test_what_cannot_work_is_said_at_once(words: str, said: str) -> None:
         parse("decoupled_uniformity", UniformityConfig, PRESETS, None, words.split())
 
 
+@pytest.mark.parametrize("words", ["--preset paper --optimizer adamw", "--preset paper-cub200 --kernel cosine"])
+def test_what_a_papers_preset_sets_is_no_mistake(words: str) -> None:
+    parse("decoupled_uniformity", UniformityConfig, PRESETS, None, words.split())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -227,8 +227,14 @@ def test_every_label_is_judged_on_the_images_where_it_is_known() -> None:
     assert abs(lost["b"] - 0.5) < 0.15
     assert found["mean_auc_representation"] == pytest.approx((lost["a"] + lost["b"]) / 2)
     with pytest.raises(DataError, match="no label has both"):
-        check_judged(train.label, np.zeros((400, 3)), "chexpert", False)
-    check_judged(train.label, test.label, "chexpert", False)
+        check_judged(train.label, np.zeros((400, 3)), "chexpert", 0, False)
+    check_judged(train.label, test.label, "chexpert", 0, False)
+    few = train.label.copy()
+    few[:2, 1], few[2:, 1] = [0.0, 1.0], np.nan  # so few that none is held out
+    found = label_worth(network, Encoded(train.feature, train.feature, few), test, ("a", "b", "c"), 0)
+    assert found["auc"]["b"] is None
+    assert found["auc"]["a"] is not None
+    assert found["known_images"]["b"][0] == 2
 
 
 def test_classes_that_are_not_probed_are_never_right() -> None:
@@ -242,13 +248,13 @@ def test_classes_that_are_not_probed_are_never_right() -> None:
     found = class_worth(network, train, test, "omniglot", 0, False)
     assert found["linear"] == found["nearest_feature"] == pytest.approx(4 / 6)
     assert set(found) == {"linear", "top_5", "linear_representation", "nearest_feature", "nearest_projection"}
-    check_judged(label, asked, "omniglot", True)
+    check_judged(label, asked, "omniglot", 0, True)
     for few, papers, said in (
         (label[:6], True, "4 classes have fewer than 3 images"),
         (label[:1], False, "of one class"),
     ):
         with pytest.raises(DataError, match=said):
-            check_judged(few, asked, "omniglot", papers)
+            check_judged(few, asked, "omniglot", 0, papers)
 
 
 def test_omniglot_tests_on_other_drawers(tmp_path: Path) -> None:

@@ -158,6 +158,11 @@ def test_bad_options_end_in_one_line(
     assert message in shown
 
 
+def test_what_a_size_sets_is_no_mistake() -> None:
+    config = parse("lam", LamConfig, PRESETS, None, ["--preset", "smoke", "--methods", "deterministic", "hib"])
+    assert config.members == 2
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_a_config(preset: str) -> None:
     config = parse("lam", LamConfig, PRESETS, None, ["--preset", preset, "--seed", "3"])

@@ -127,6 +127,33 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
     assert "has other options (steps is 5 there and 4 here)" in capsys.readouterr().err
 
 
+def test_a_run_of_another_precision_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(kw_only=True)
+    class Apart(Config):
+        """Options of a recipe whose processes may keep to themselves."""
+
+        gather: bool = True
+        """whether they do not"""
+
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for gather in (True, False):
+        config = Apart(output=tmp_path / str(gather), gather=gather)
+        Run("some", config).finish({})
+        again = replace(config, resume=True)
+        with monkeypatch.context() as patch:
+            patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+            with pytest.raises(OptionError, match="mixed_precision is 'no' there and 'bf16' here"):
+                Run("some", again)
+        assert json.loads((config.output / "results.json").read_text())["made"]["mixed_precision"] == "no"
+        with monkeypatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "2")
+            if gather:
+                running.check_folder("some", again)  # the same for any number of processes
+            else:
+                with pytest.raises(OptionError, match="processes is 1 there and 2 here"):
+                    running.check_folder("some", again)
+
+
 def test_two_processes_tell_once(tmp_path: Path) -> None:
     tiny = "--dim 3 --seed 2 --batch-size 16 --steps 2 --every 1 --output a"
     line = tiny.split()

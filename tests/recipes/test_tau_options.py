@@ -14,11 +14,11 @@ import pytest
 from posthoc.adapters.errors import DataError, OptionError
 from posthoc.adapters.splits import row_uniform
 from posthoc.recipes import tau, tau_options
+from posthoc.recipes.decoupled_uniformity_evaluation import check_judged
 from posthoc.recipes.options import parse
 from posthoc.recipes.tau_options import TauConfig
-from posthoc.recipes.view_batches import Images
 
-from .tau_runs import SMALL, make_folder, small, some_images
+from .tau_runs import SMALL, make_folder, some_images
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +181,9 @@ def test_what_cannot_work_is_said_before_it_is_tried(
         ten = ["10" if word == "300" else word for word in SMALL]
         few = refused("--seed", str(seed), "--output", "d", common=ten)
     assert "0 of 10 images that are probed are held out" in few
-    images = some_images(64)
-    tau.check_probed(small(), images, images)
+    label = some_images(64).label
+    check_judged(label, label, "some", 0, papers=False)
     with pytest.raises(DataError, match="of one class: give more --probe-images"):
-        tau.check_probed(small(), Images(images.pixels, np.zeros(64, np.int64)), images)
+        check_judged(np.zeros(64, np.int64), label, "some", 0, papers=False)
     worse = refused("--train-images", "100", "--epochs", "1", "--lr", "1e-9", "--check", "--output", "c")
     assert "beside that of random features; expected +0.010 or more" in worse
