@@ -6,7 +6,8 @@
 
 DATA is a folder of data sets, with tf_efficientnet_lite0.safetensors for the prior of that network (timm fetches it otherwise).
 Attributes are of omniglot, cub200 and utzappos alone; chexpert's labels, not all of them known, are no prior. A run that is
-there is read, not repeated; one that was killed goes on. What stands behind -- goes to the recipe. Writes and prints DATASET.md.
+there is read, not repeated; one that was killed goes on. What stands behind -- goes to the recipe. Writes and
+prints DATASET.md, with --only some of the priors prints alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from recipe_runs import carried_out, parted, spread
 
+from posthoc.adapters.files import replace_file
 from posthoc.recipes.decoupled_uniformity_data import SEVERAL
 from posthoc.recipes.decoupled_uniformity_report import SEEN, seen_by
 
@@ -90,7 +92,8 @@ def main() -> None:
         "",
         *table(found),
     ]
-    (folder.with_suffix(".md")).write_text("\n".join(lines) + "\n")
+    if not arguments.only:
+        replace_file(folder.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
 
 

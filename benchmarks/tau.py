@@ -11,7 +11,7 @@
 The last but one is the throughput of ResNet-18 in bf16, channels last, compiled. What stands behind -- goes to the recipe.
 DATA is a folder of data sets as `posthoc eval ood --data-dir` takes it, with the weights of frozen networks. A run that is there
 is not computed again, and one that was killed goes on. Without a GPU the parts take hours at the recipe's own size. Writes and
-prints DATASET-PART.md.
+prints DATASET-PART.md, with --only some of the variants prints alone.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def main() -> None:
     if arguments.part != "frozen":
         lines += [*worth_table(found), ""]
     text = "\n".join([*lines, *ood_table(found)]) + "\n"
-    replace_file(arguments.output / f"{arguments.dataset}-{arguments.part}.md", text.encode())
+    if not arguments.only:
+        replace_file(arguments.output / f"{arguments.dataset}-{arguments.part}.md", text.encode())
     print(text)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapters.errors import BackboneError
 from ..adapters.timm_backbone import create_timm
 from .masked_dropout import MaskedDropout
-from .small_image_networks import Normalised
+from .small_image_networks import Normalised, group_normalised
 
 SMALL = ("pooled", "wide")
 
@@ -121,7 +121,8 @@ def make_network(
     pretrained: bool = False,
     checkpoint: Path | None = None,
 ) -> EmbeddingNetwork:
-    """A fresh network for images of `size` (C, H, W) by one of the names of `SMALL`, or a name of timm.
+    """A fresh network for images of `size` (C, H, W) by one of the names of `SMALL`, or a name of timm (with random weights
+    normalised by groups).
 
     Raises BackboneError for a name that is neither, weights that are not there or do not fit, and images too small.
     """
@@ -134,7 +135,10 @@ def make_network(
         if name in SMALL:
             trunk: nn.Module = pooled(channels, rate) if name == "pooled" else wide(channels, rate)
         else:
-            trunk = TimmTrunk(create_timm(name, pretrained, checkpoint), rate)
+            module = create_timm(name, pretrained, checkpoint)
+            if not pretrained and checkpoint is None:  # BatchNorm would keep statistics of nothing
+                group_normalised(module)
+            trunk = TimmTrunk(module, rate)
         return EmbeddingNetwork(trunk, size, dim)
     except RuntimeError as error:
         raise BackboneError(f"--network {name} does not take images of {size}: {str(error).splitlines()[0]}") from error

@@ -186,6 +186,9 @@ PRESETS: dict[str, Preset] = {
         f"efficientnet-lite{k}": {"backbone": f"tf_efficientnet_lite{k}", **HEAD, "train_images": 4000, "epochs": 70}
         for k in range(3)
     },
+    "smoke-head": {
+        "train_images": 400, "test_images": 300, "ood_images": 100, "views": 2, "epochs": 20, "batch_size": 64,
+    },
     "views": {"positives": "views"},
     "labels": {"positives": "labels"},
 }  # fmt: skip

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributions import Normal
 from torch.nn import functional
@@ -350,9 +352,14 @@ def test_generalised_mean_is_the_mean_of_powers() -> None:
     torch.testing.assert_close(GeneralisedMean()(maps).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_timm_trunk_keeps_its_statistics_and_trains_all_else() -> None:
+def test_a_timm_trunk_keeps_its_statistics_and_trains_all_else(tmp_path: Path) -> None:
     with seeded(0):
-        network = make_network("test_resnet", (3, 64, 64), 4)
+        save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
+        network = make_network("test_resnet", (3, 64, 64), 4, checkpoint=tmp_path / "weights.safetensors")
+        fresh = make_network("test_resnet", (3, 64, 64), 4)
+    kinds = {type(part) for part in fresh.modules()}
+    assert nn.GroupNorm in kinds, "statistics of nothing are not kept"
+    assert not any(issubclass(kind, nn.BatchNorm2d) for kind in kinds)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     step = Step(network, MetricObjective(network.head, ContrastiveMetric(0.7)), gather=True).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)

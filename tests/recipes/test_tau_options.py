@@ -33,7 +33,7 @@ def test_every_preset_is_a_config(preset: str) -> None:
     config = parse("tau", TauConfig, tau.PRESETS, None, ["--preset", size, preset, "--seed", "1337"])
     assert config.seed == 1337
     assert {key: getattr(config, key) for key in options} == options
-    if preset != "labels":  # which is a head's, and names no network
+    if preset not in ("labels", "smoke-head"):  # which are a head's, and name no network
         tau.check_part(config)
 
 
@@ -136,7 +136,7 @@ def test_the_benchmarks_runs_are_configs(
     assert set(ran) == {processes}
     assert {config.seed for config in seen} == {3}
     assert {config.train_images for config in seen} <= ({900} if "900" in words else {None, 4000})
-    assert (tmp_path / f"o/cifar10-{part}.md").read_text().startswith("cifar10, seeds 3, 1.0 ")
+    assert "only" in words or (tmp_path / f"o/cifar10-{part}.md").read_text().startswith("cifar10, seeds 3, 1.0 ")
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == ("bf16" if "bf16" in words else "no")
     if "gpu" in words:
         assert (seen[0].network, seen[0].compile) == ("resnet18", True)
