@@ -34,8 +34,8 @@ def choose_prior(
     curvature is not. Every decade gets the same draws. Of equal risks the widest posterior is taken.
 
     Decades are counted from the precision at which, without any curvature, the noise of an embedding is as large as the
-    embedding (tr Sigma = |z|^2): from a tenth of it to a million times it. Not further down: there the votes are those of random
-    projections, which retrieve nearly as well as the embedding, while their spread says nothing of an image.
+    embedding (tr Sigma = |z|^2): from a tenth of it to a million times it. Further down the risk is flat: the
+    curvature alone holds the weights, and what it does not hold is noise already.
 
     Args:
         queries, gallery: inputs of the layer [Q, d_in], [G, d_in], of different rows.
