@@ -213,7 +213,7 @@ def _changed(views: Tensor, done: Parameters) -> Tensor:
         down = _gaussians(done.sigma[rows], height).to(views)
         across = down if width == height else _gaussians(done.sigma[rows], width).to(views)
         rows = rows.to(views.device)
-        views[rows] = down[:, None] @ views[rows] @ across.mT[:, None]
+        views[rows] = _both_ways(down, views[rows], across)
     return views
 
 
@@ -255,7 +255,13 @@ def _crop(images: Tensor, done: Parameters, size: tuple[int, int]) -> Tensor:
     down = _tents(top, tall, images.shape[2], size[0])
     across = _tents(left, wide, images.shape[3], size[1])
     across = torch.where(done.flip.to(images.device)[:, None, None], across.flip(1), across)
-    return down[:, None] @ images @ across.mT[:, None]
+    return _both_ways(down, images, across)
+
+
+def _both_ways(down: Tensor, images: Tensor, across: Tensor) -> Tensor:
+    """Images [B, C, H, W] with their lines weighted by `down` [B, h, H] and `across` [B, w, W]: [B, C, h, w]."""
+    lines = images.flatten(1, 2) @ across.mT.contiguous()  # all channels in one product, which takes half the time
+    return down[:, None] @ lines.unflatten(1, images.shape[1:3])
 
 
 def _turned(views: Tensor, degrees: Tensor) -> Tensor:
