@@ -59,7 +59,7 @@ def fit_linear_probe(
     """
     classes = _check(features, labels, classes)
     rows = np.arange(len(features)) if train is None else np.asarray(train)
-    chosen = row_uniform(rows, seed) < HELD_OUT_SHARE if held_out is None else np.isin(rows, held_out)
+    chosen = held_out_by_seed(rows, seed) if held_out is None else np.isin(rows, held_out)
     checks = rows[chosen] if held_out is None else np.asarray(held_out)
     if chosen.all() or len(checks) == 0:
         raise DataError(f"{len(checks)} of {len(rows)} rows are held out: a linear probe needs rows on either side")
@@ -81,6 +81,11 @@ def fit_linear_probe(
         fitting.start()
     weight, bias = fitting.fold(fitting.minimise(theta, strength, FINAL_STEPS))
     return LinearProbe(weight.float().cpu(), bias.float().cpu(), strength, nll)
+
+
+def held_out_by_seed(rows: np.ndarray, seed: int) -> np.ndarray:
+    """Which of the rows, by their positions, choose the strength where the caller names none, bool [n]."""
+    return row_uniform(rows, seed) < HELD_OUT_SHARE
 
 
 class _Problem:

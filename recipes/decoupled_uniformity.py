@@ -32,12 +32,12 @@ from ..adapters.training_loop import History, Record, check_statistics, step_gen
 from . import running
 from .augmentations import Augmentation
 from .decoupled_uniformity_data import READERS, SEVERAL, Sets, load_sets
-from .decoupled_uniformity_evaluation import check_judged, class_worth, label_worth, projector
+from .decoupled_uniformity_evaluation import class_worth, label_worth, projector
 from .decoupled_uniformity_priors import Prior, check_apart, is_network, open_prior, smoother
 from .decoupled_uniformity_report import draw, table
 from .options import Preset, check_counts, check_positive, check_read
 from .pretraining import PretrainingConfig, adamw, augmentation, own_view_found, pretrain, throughput
-from .pretraining_evaluation import encode, settle
+from .pretraining_evaluation import check_judged, encode, settle
 from .pretraining_networks import PretrainingNetwork, image_encoder, synchronised
 from .running import Run, seeded
 from .view_batches import Augmented, BlockRows, Images, ViewBatches, kept

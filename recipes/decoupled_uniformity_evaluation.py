@@ -10,15 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..adapters.errors import DataError
-from ..adapters.linear_probe import HELD_OUT_SHARE
-from ..adapters.splits import row_uniform
 from ..adapters.training_loop import step_generator
 from ..eval.metrics import auroc
 from ..eval.probe import widened
-from ..eval.probe_protocols import FOLDS, IMAGENET100, decoupled_uniformity_probe, sgd_probe
+from ..eval.probe_protocols import IMAGENET100, decoupled_uniformity_probe, sgd_probe
 from ..eval.probes import linear_probe, nearest_label, top_k_accuracy
-from .pretraining_evaluation import Encoded
+from .pretraining_evaluation import Encoded, judgeable
 from .pretraining_networks import Norm, PretrainingNetwork
 
 PROBE = 710  # place of the random numbers
@@ -45,42 +42,6 @@ def representation(network: PretrainingNetwork, feature: np.ndarray) -> np.ndarr
     """The paper's representation float32 [N, hidden] of pooled features [N, F]: a linear layer of them."""
     first: nn.Linear = network.projection[0]  # type: ignore[index, assignment]
     return first(torch.from_numpy(feature).to(first.weight.device)).cpu().numpy()
-
-
-def check_judged(label: np.ndarray, test: np.ndarray, dataset: str, seed: int, papers: bool) -> None:
-    """Raises DataError where labels, of the images that are probed and of test images, are too few for what follows."""
-    if label.ndim == 2:
-        if not any(_judgeable(label[:, place], test[:, place], seed) for place in range(label.shape[1])):
-            raise DataError("no label has both positive and negative images in training and test: give more of them")
-        return
-    kinds, counts = np.unique(label, return_counts=True)
-    if len(kinds) < 2:
-        raise DataError("the images that are probed are of one class: give more --probe-images")
-    if held_out := _one_sided(len(label), seed):
-        raise DataError(
-            f"{held_out} images that are probed are held out to choose the strength of the linear evaluation, which needs "
-            "images on either side: give more --probe-images"
-        )
-    if papers and dataset != "imagenet100" and counts.min() < FOLDS:
-        raise DataError(
-            f"--papers-probe: {(counts < FOLDS).sum()} classes have fewer than {FOLDS} images, one for each fold: give more "
-            "--probe-images"
-        )
-
-
-def _one_sided(rows: int, seed: int) -> str:
-    """How many of so many rows a linear probe would hold out, in words, where those are none or all; else nothing."""
-    held_out = int((row_uniform(np.arange(rows), seed) < HELD_OUT_SHARE).sum())
-    return "" if 0 < held_out < rows else f"{held_out} of {rows}"
-
-
-def _judgeable(label: np.ndarray, test: np.ndarray, seed: int) -> bool:
-    """Whether a label, 0, 1 and NaN, can be learnt from training images and judged on test images."""
-    return _both(label) and _both(test) and not _one_sided(int((~np.isnan(label)).sum()), seed)
-
-
-def _both(label: np.ndarray) -> bool:
-    return bool((label == 0).any() and (label == 1).any())
 
 
 def class_worth(
@@ -149,7 +110,7 @@ def _aucs(
 ) -> dict[str, float | None]:  # fmt: skip
     found: dict[str, float | None] = {}
     for name, own, other in zip(names, label.T, truth.T, strict=True):
-        if not _judgeable(own, other, seed):
+        if not judgeable(own, other, seed):
             found[name] = None
             continue
         known, there = ~np.isnan(own), ~np.isnan(other)

@@ -71,16 +71,17 @@ def check_read(
 
     A number that a size sets, or a paper's preset, is no mistake: these are for several methods, and others are laid on them.
     """
-    sizes = [values for name, values in presets.items() if name.split("-")[0] in SIZES]
     for names, read, of in uses:
-        usual = {
-            name: [getattr(type(config), name), *(one[name] for one in sizes if name in one and one[name] is not True)]
-            for name in names
-        }
-        given = [name for name in names if getattr(config, name) not in usual[name]]
+        given = [name for name in names if getattr(config, name) not in usual(type(config), name, presets)]
         if given and not read:
             name = given[0]
             raise OptionError(f"--{name.replace('_', '-')} {getattr(config, name)} was given; it is read with {of}")
+
+
+def usual(kind: type[RecipeConfig], name: str, presets: Mapping[str, Preset]) -> list[Any]:
+    """The values that an option has by the sizes and the papers' presets alone. A flag that these set counts as given."""
+    sizes = [values for preset, values in presets.items() if preset.split("-")[0] in SIZES]
+    return [getattr(kind, name), *(one[name] for one in sizes if name in one and one[name] is not True)]
 
 
 def _check(config: RecipeConfig, names: Sequence[str], fits: Callable[[float], bool], expected: str) -> None:

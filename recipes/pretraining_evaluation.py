@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from ..adapters.errors import DataError
+from ..adapters.linear_probe import held_out_by_seed
 from ..adapters.training_loop import step_generator
 from ..eval.inputs import not_constant
 from ..eval.ood import ood_table
 from ..eval.ood_statistics import OodMetrics
 from ..eval.plots import Strip, gallery, page
 from ..eval.probe import widened
-from ..eval.probe_protocols import TAU, sgd_probe, tau_nearest_label
+from ..eval.probe_protocols import FOLDS, TAU, sgd_probe, tau_nearest_label
 from ..eval.probes import linear_probe, nearest_label, top_k_accuracy
 from ..eval.table import Table
 from .view_batches import Images, Labelled
@@ -70,6 +71,42 @@ def settle(network: nn.Module, images: Labelled, device: torch.device) -> None:
         if seen >= SETTLING:
             break
     network.eval()
+
+
+def check_judged(label: np.ndarray, test: np.ndarray, dataset: str, seed: int, papers: bool) -> None:
+    """Raises DataError where labels, of the images that are probed and of test images, are too few for what follows."""
+    if label.ndim == 2:
+        if not any(judgeable(label[:, place], test[:, place], seed) for place in range(label.shape[1])):
+            raise DataError("no label has both positive and negative images in training and test: give more of them")
+        return
+    kinds, counts = np.unique(label, return_counts=True)
+    if len(kinds) < 2:
+        raise DataError("the images that are probed are of one class: give more --probe-images")
+    if held_out := _one_sided(len(label), seed):
+        raise DataError(
+            f"{held_out} images that are probed are held out to choose the strength of the linear evaluation, which needs "
+            "images on either side: give more --probe-images"
+        )
+    if papers and dataset != "imagenet100" and counts.min() < FOLDS:
+        raise DataError(
+            f"--papers-probe: {(counts < FOLDS).sum()} classes have fewer than {FOLDS} images, one for each fold: give more "
+            "--probe-images"
+        )
+
+
+def _one_sided(rows: int, seed: int) -> str:
+    """How many of so many rows a linear probe would hold out, in words, where those are none or all; else nothing."""
+    held_out = int(held_out_by_seed(np.arange(rows), seed).sum())
+    return "" if 0 < held_out < rows else f"{held_out} of {rows}"
+
+
+def judgeable(label: np.ndarray, test: np.ndarray, seed: int) -> bool:
+    """Whether a label, 0, 1 and NaN, can be learnt from training images and judged on test images."""
+    return _both(label) and _both(test) and not _one_sided(int((~np.isnan(label)).sum()), seed)
+
+
+def _both(label: np.ndarray) -> bool:
+    return bool((label == 0).any() and (label == 1).any())
 
 
 def worth(

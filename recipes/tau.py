@@ -28,7 +28,6 @@ from ..adapters.losses.tau import temperature
 from ..adapters.training_loop import History, Record, step_generator
 from ..eval.dataset_classes import CLASSES
 from . import running
-from .decoupled_uniformity_evaluation import check_judged
 from .image_sets import other_sets
 from .pretraining import (
     adamw,
@@ -41,6 +40,7 @@ from .pretraining import (
 from .pretraining_evaluation import (
     Encoded,
     certainty_grid,
+    check_judged,
     encode,
     ood_tables,
     picture_of,

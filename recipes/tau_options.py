@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..adapters.errors import OptionError
-from .options import SIZES, Preset, check_below_one, check_counts, check_least, check_positive
+from .options import Preset, check_below_one, check_counts, check_least, check_positive, usual
 from .pretraining import PretrainingConfig
 from .pretraining_networks import SMALL
 from .small_image_networks import DEPTHS
@@ -126,13 +126,8 @@ def check_read(config: TauConfig) -> None:
         (("width",), small, f"--network {SMALL}"),
         (("stem",), not small and config.network not in DEPTHS, "a timm network"),
     ):
-        given = [name for name in names if getattr(config, name) not in usual(name)]
+        given = [name for name in names if getattr(config, name) not in usual(TauConfig, name, PRESETS)]
         refuse(config, [] if read else given, f"only read with {of}")
-
-
-def usual(name: str) -> list[Any]:
-    """The values that an option has by the sizes alone."""
-    return [PRESETS[size].get(name, getattr(TauConfig, name)) for size in SIZES]
 
 
 def refuse(config: TauConfig, names: Sequence[str], why: str) -> None:

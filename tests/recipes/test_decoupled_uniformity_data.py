@@ -29,7 +29,7 @@ from posthoc.recipes.decoupled_uniformity import (
     make_network,
 )
 from posthoc.recipes.decoupled_uniformity_data import load_sets
-from posthoc.recipes.decoupled_uniformity_evaluation import check_judged, class_worth, label_worth, projector
+from posthoc.recipes.decoupled_uniformity_evaluation import class_worth, label_worth, projector
 from posthoc.recipes.decoupled_uniformity_folders import (
     PATHOLOGIES,
     read_chexpert,
@@ -40,7 +40,7 @@ from posthoc.recipes.decoupled_uniformity_folders import (
 from posthoc.recipes.decoupled_uniformity_priors import check_apart, open_prior, read_prior, write_prior
 from posthoc.recipes.decoupled_uniformity_report import seen_by
 from posthoc.recipes.image_files import FileImages
-from posthoc.recipes.pretraining_evaluation import Encoded
+from posthoc.recipes.pretraining_evaluation import Encoded, check_judged
 from posthoc.recipes.running import Run
 from posthoc.recipes.view_batches import ViewBatches
 

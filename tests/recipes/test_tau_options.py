@@ -14,8 +14,8 @@ import pytest
 from posthoc.adapters.errors import DataError, OptionError
 from posthoc.adapters.splits import row_uniform
 from posthoc.recipes import tau, tau_options
-from posthoc.recipes.decoupled_uniformity_evaluation import check_judged
 from posthoc.recipes.options import parse
+from posthoc.recipes.pretraining_evaluation import check_judged
 from posthoc.recipes.tau_options import TauConfig
 
 from .tau_runs import SMALL, make_folder, some_images
